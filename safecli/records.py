@@ -1,0 +1,268 @@
+"""Prompts and answers in, JSONL out: every reader of the data that users bring, and the record that we write.
+
+A response is one JSON object per line. `use` says what it is for: `unsafe` (to leave), `safe` (the model's own
+fluent answer that does not comply), `general` (its own answer to a harmless prompt), or `left_out` with the
+reason in `why`. To train on answers from elsewhere, `prompt` and `answer` are enough.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from safecli.artifacts import file_fingerprint, fingerprint, os_errors
+from safecli.errors import InputError, MissingError
+
+Use = Literal["unsafe", "safe", "general", "left_out"]
+Set = Literal["toxic", "lookalike", "harmless"]
+SETS: tuple[Set, ...] = ("toxic", "lookalike", "harmless")
+
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "text")
+ANSWER_COLUMNS = ("answer", "response", "output", "completion")
+MAX_LINE = 1 << 20
+
+
+class Prompt(BaseModel):
+    """A prompt to answer, and where it was read."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    kind: Set
+    prompt: str
+    where: str = ""
+
+
+class Response(BaseModel):
+    """An answer with its judgement: one line of `responses.jsonl` and of `answers.jsonl`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    id: str = ""
+    kind: Set = "toxic"
+    prompt: str
+    answer: str
+    sample: int = 0
+    finished: bool = True
+    outcome: str = ""
+    score: float = 0.0
+    reasons: list[str] = []
+    use: Use | None = None
+    why: str = ""
+
+
+def shipped(kind: Set, split: str) -> list[Prompt]:
+    """The prompts of one split (train, dev, test) that the package ships."""
+    text = files("safecli").joinpath("data", f"{kind}.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [
+        Prompt(id=row["id"], kind=kind, prompt=row["prompt"], where=f"{kind}.jsonl:{number}")
+        for number, row in enumerate(rows, 1)
+        if row["split"] == split
+    ]
+
+
+def read_prompts(source: str, kind: Set, column: str | None = None) -> list[Prompt]:
+    """Read prompts from JSONL, JSON, CSV, plain text (one per line), or a `datasets` id.
+
+    JSON is `{"instructions": [...]}`, a list of strings, or a list of objects; an `input` is put under its
+    instruction. Errors: `InputError` with file and line, `MissingError` where there is no such file or dataset.
+    """
+    prompts = []
+    for where, row in _rows(source):
+        text = row if isinstance(row, str) else _prompt_of(row, column, where)
+        prompts.append(Prompt(id=f"{kind}-{len(prompts) + 1:04}", kind=kind, prompt=text, where=where))
+    if not prompts:
+        raise InputError(f"{source} holds no prompts: it is empty")
+    return prompts
+
+
+def _prompt_of(row: Any, column: str | None, where: str) -> str:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected an object with a prompt, got {type(row).__name__}")
+    name = column or next((name for name in PROMPT_COLUMNS if name in row), None)
+    if name is None or name not in row:
+        columns = ", ".join(map(str, row)) or "none"
+        raise InputError(f"{where}: no column '{name or 'prompt'}' (columns: {columns}): use --prompt-column NAME")
+    if not isinstance(row[name], str):
+        raise InputError(f"{where}: '{name}' must be text, got {type(row[name]).__name__}")
+    extra = row.get("input") if name == "instruction" else None
+    return f"{row[name]}\n\n{extra}" if extra else str(row[name])
+
+
+def _rows(source: str) -> Iterator[tuple[str, Any]]:
+    path = Path(source).expanduser()
+    if not path.exists():
+        if path.suffix or source.startswith((".", "/", "~")):
+            raise MissingError(f"there is no file {source}")
+        yield from _dataset_rows(source)
+        return
+    text = read_text(path)
+    if path.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text))
+        yield from ((f"{path.name}:{reader.line_num}", row) for row in reader)
+    elif path.suffix == ".json":
+        yield from _json_rows(path, text)
+    elif path.suffix == ".jsonl":
+        yield from read_jsonl(path, text)
+    else:
+        yield from ((f"{path.name}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+    rows = content.get("instructions") if isinstance(content, dict) else content
+    if not isinstance(rows, list):
+        raise InputError(f'{path}: expected {{"instructions": [...]}} or a list of texts or objects')
+    for number, row in enumerate(rows, 1):
+        yield f"{path.name}: record {number}", _checked(row, f"{path.name}: record {number}")
+
+
+def _dataset_rows(source: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    name, _, split = source.partition(":")
+    try:
+        table = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:
+        raise MissingError(
+            f"'{source}' is neither a file nor a dataset that can be loaded ({type(error).__name__}): "
+            "give a path, or a datasets id such as owner/name:split"
+        ) from error
+    yield from ((f"{source}: row {number}", row) for number, row in enumerate(table, 1))
+
+
+def read_text(path: Path) -> str:
+    """Read UTF-8 text without its BOM and with plain line ends; `InputError` names the byte that is not UTF-8."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: byte {error.start} is not UTF-8: convert it, e.g. iconv -f latin1 -t utf-8"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}") from error
+    return text.replace("\r\n", "\n")
+
+
+def read_jsonl(path: Path, text: str | None = None) -> Iterator[tuple[str, Any]]:
+    """The values of a JSONL file with `file:line`; blank lines are passed over, a bad line is an `InputError`."""
+    for number, line in enumerate((read_text(path) if text is None else text).split("\n"), 1):
+        where = f"{path.name}:{number}"
+        if not line.strip():
+            continue
+        if len(line) > MAX_LINE:
+            raise InputError(f"{where}: the line has {len(line):,} characters, more than {MAX_LINE:,}: split the file")
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
+        yield where, _checked(row, where)
+
+
+def _checked(row: Any, where: str) -> Any:
+    """Refuse text that can't be kept: NUL, and surrogates without their other half."""
+    for text in (row,) if isinstance(row, str) else row.values() if isinstance(row, dict) else ():
+        if isinstance(text, str) and ("\0" in text or not _encodable(text)):
+            fault = "a NUL character" if "\0" in text else "a lone surrogate"
+            raise InputError(f"{where}: the text holds {fault}: remove it")
+    return row
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def usable(prompts: Sequence[Prompt], tokens: Sequence[int], longest: int) -> tuple[list[Prompt], list[str]]:
+    """Split off prompts that are empty, longer than `longest` tokens, or duplicates; the latter by where and why."""
+    kept: list[Prompt] = []
+    faults = []
+    seen: dict[tuple[str, str], str] = {}
+    for prompt, length in zip(prompts, tokens, strict=True):
+        key = (prompt.kind, prompt.prompt.strip())
+        if not key[1]:
+            faults.append(f"{prompt.where}: empty")
+        elif length > longest:
+            faults.append(f"{prompt.where}: too long ({length} tokens, the limit is {longest})")
+        elif key in seen:
+            faults.append(f"{prompt.where}: duplicate of {seen[key]}")
+        else:
+            seen[key] = prompt.where
+            kept.append(prompt)
+    return kept, faults
+
+
+def read_responses(path: Path) -> list[Response]:
+    """Read prompts with answers: our own records, or any JSONL, JSON or CSV with a prompt and an answer column."""
+    if not path.exists():
+        raise MissingError(f"there is no file {path}")
+    responses = []
+    for where, row in _rows(str(path)):
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: expected an object with a prompt and an answer")
+        name = next((name for name in ANSWER_COLUMNS if name in row), None)
+        if name is None:
+            raise InputError(f"{where}: no answer (one of the columns {', '.join(ANSWER_COLUMNS)})")
+        try:
+            responses.append(Response(**(row | {"prompt": _prompt_of(row, None, where), "answer": row[name]})))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InputError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    if not responses:
+        raise InputError(f"{path} holds no usable rows: it is empty")
+    return responses
+
+
+def append(path: Path, rows: Iterable[BaseModel]) -> None:
+    """Append rows as JSONL in one write, fsynced."""
+    lines = "".join(row.model_dump_json() + "\n" for row in rows)
+    with os_errors(path, "write"), path.open("ab") as stream:
+        stream.write(lines.encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def truncate_to_whole(path: Path, counts: Sequence[int]) -> int:
+    """Cut a JSONL file back to whole batches of the sizes `counts`; returns how many batches it holds.
+
+    What a killed writer left half done, a torn last line or part of a batch, goes.
+    """
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    ends = [index + 1 for index, byte in enumerate(content) if byte == 0x0A]
+    done = rows = 0
+    for count in counts:
+        if rows + count > len(ends):
+            break
+        rows, done = rows + count, done + 1
+    whole = ends[rows - 1] if rows else 0
+    if whole < len(content):
+        with path.open("r+b") as stream:
+            stream.truncate(whole)
+    return done
+
+
+def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Identify a list of prompts by ids, kinds and texts."""
+    return fingerprint([(prompt.id, prompt.kind, prompt.prompt) for prompt in prompts])
+
+
+def files_fingerprint(paths: Sequence[Path]) -> list[str]:
+    """Fingerprints of files, in order."""
+    return [file_fingerprint(path) for path in paths]

@@ -1,0 +1,129 @@
+"""The report: one HTML file that needs no network, and that a hostile answer can't act in.
+
+Everything that a model, a prompt file or the user wrote passes Jinja's autoescape and `visible`; the only
+script and style are those beside this file, and a content security policy admits nothing but their hashes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from safecli.artifacts import atomic
+from safecli.judges import HARMLESS_OUTCOMES, TOXIC_OUTCOMES
+from safecli.report.headline import SETS, Cell, headline, rate_cell
+from safecli.report.plots import Segment, curves, stacked, trade_off
+from safecli.report.untrusted import visible
+
+_HERE = Path(__file__).parent
+
+
+def write_report(
+    results: Mapping[str, Any],
+    answers: Sequence[Mapping[str, Any]],
+    metrics: Sequence[Mapping[str, Any]],
+    path: Path,
+) -> None:
+    """Write the page of an evaluation to `path`, whole or not at all.
+
+    `results` is what results.json holds; `answers` one row for each prompt and model (model, set, id, prompt,
+    answer, outcome, score, reasons); `metrics` the rows that training logged, empty if none ran here.
+    """
+    style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    models = results["models"]
+    page = environment.get_template("page.html").render(
+        results=results,
+        models=list(models),
+        options=json.dumps(results.get("options", {}), indent=2, ensure_ascii=False, default=str),
+        gates=results.get("gates", []),
+        headline=headline(results),
+        tables=[table for name in SETS if (table := _table(name, models))],
+        trade_off=trade_off(models),
+        curves=curves(metrics),
+        prompts=_side_by_side(answers, list(models)),
+        outcomes=list(dict.fromkeys(row["outcome"] for row in answers)),
+        sets=SETS,
+        style=Markup(style),
+        script=Markup(script),
+        policy=f"default-src 'none'; base-uri 'none'; form-action 'none'; "
+        f"style-src '{_source(style)}'; script-src '{_source(script)}'",
+    )
+    with atomic(path) as beside:
+        beside.write_text(page, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Table:
+    """One set of prompts: a stacked bar for each model that has it, and every outcome's numbers."""
+
+    title: str
+    outcomes: tuple[str, ...]
+    bars: list[tuple[str, list[Segment]]]
+    rows: list[tuple[str, list[Cell | None]]]
+
+
+def _table(name: str, models: Mapping[str, Any]) -> _Table | None:
+    having = {label: model[name] for label, model in models.items() if name in model}
+    if not having:
+        return None
+    known = TOXIC_OUTCOMES if name == "toxic" else HARMLESS_OUTCOMES
+    keys = dict.fromkeys([*known, *(key for rates in having.values() for key in rates)])
+    return _Table(
+        title=SETS[name],
+        outcomes=known,
+        bars=[(label, stacked(rates, known)) for label, rates in having.items()],
+        rows=[
+            (key, [rate_cell(model.get(name, {}).get(key), None, "less") for model in models.values()])
+            for key in keys
+        ],
+    )
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """One prompt with every model's row for it; folded unless its set is known to be harmless to read."""
+
+    set: str
+    id: str
+    prompt: str
+    rows: list[Mapping[str, Any]]
+
+    @property
+    def folded(self) -> bool:
+        return self.set not in ("harmless", "lookalike")
+
+    @property
+    def outcomes(self) -> list[str]:
+        return [row["outcome"] for row in self.rows]
+
+    @property
+    def changed(self) -> bool:
+        return len(set(self.outcomes)) > 1
+
+
+def _side_by_side(answers: Sequence[Mapping[str, Any]], models: Sequence[str]) -> list[_Prompt]:
+    place = {name: index for index, name in enumerate(models)}
+    grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in sorted(answers, key=lambda row: place.get(row["model"], len(place))):
+        grouped.setdefault((row["set"], row["id"]), []).append(row)
+    return [_Prompt(name, key, rows[0]["prompt"], rows) for (name, key), rows in grouped.items()]
+
+
+def _source(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,120 @@
+"""Generate and judge answers batch by batch into a JSONL file, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safecli.artifacts import fingerprint, read_json, write_json
+from safecli.config import GenerateOptions
+from safecli.errors import InputError
+from safecli.judges import Judge, Pair
+from safecli.models import LanguageModel, Request, fitting_batch, halving
+from safecli.records import Prompt, Response, append, read_responses, truncate_to_whole, usable
+from safecli.registry import JUDGES, load_plugin
+from safecli.stages import Reporter
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to generate: the prompt, which sample of it, and the temperature (0 is greedy)."""
+
+    prompt: Prompt
+    sample: int = 0
+    temperature: float = 0.0
+
+
+def load_judge(name: str) -> Judge:
+    """The judge plugin of that name with its default options."""
+    judge_class = load_plugin(JUDGES, name)
+    return judge_class(judge_class.Options())  # type: ignore[no-any-return]
+
+
+def checked(
+    prompts: Sequence[Prompt], model: LanguageModel, options: GenerateOptions, report: Reporter
+) -> tuple[list[Prompt], list[str]]:
+    """The usable prompts and the faults of the others; with `bad_prompts = "refuse"` a fault is an `InputError`."""
+    lengths = [len(model.prompt_ids(prompt.prompt)) for prompt in prompts]
+    kept, faults = usable(prompts, lengths, options.max_prompt_tokens)
+    if faults and options.bad_prompts == "refuse":
+        raise InputError("; ".join(faults[:5]) + ": mend them, or skip them with --bad-prompts skip")
+    for fault in faults:
+        report.warn(f"skipped {fault}")
+    if not kept:
+        raise InputError("no usable prompts are left: see what was skipped above")
+    return kept, faults
+
+
+def answer_all(
+    jobs: Sequence[Job],
+    path: Path,
+    model: LanguageModel,
+    judge: Judge,
+    options: GenerateOptions,
+    report: Reporter,
+    sort: Callable[[list[Response]], list[Response]] = lambda responses: responses,
+) -> tuple[list[Response], float]:
+    """Answer and judge every job into `path`; returns all responses and the tokens per second of this call.
+
+    The batch plan is written beside `path` before the first batch and kept on resumption, so that the finished
+    file is the same, byte for byte, as one that was never interrupted. `sort` decides each batch's `use`.
+    """
+    ids = [model.prompt_ids(job.prompt.prompt) for job in jobs]
+    plan = _plan(path, ids, jobs, model, options)
+    done = truncate_to_whole(path, [len(batch) for batch in plan])
+    if done:
+        report.say(f"{path.name}: going on after {done} of {len(plan)} batches")
+    finished = sum(len(batch) for batch in plan[:done])
+    tokens, seconds = 0, 0.0
+    for batch in plan[done:]:
+        started = time.perf_counter()
+        here = [jobs[index] for index in batch]
+        requests = [
+            Request(ids[index], int(fingerprint(options.seed, job.prompt.id, job.sample)[:12], 16))
+            for index, job in zip(batch, here, strict=True)
+        ]
+        answers = halving(model, requests, options.max_new_tokens, here[0].temperature, report.warn)
+        seconds += time.perf_counter() - started
+        tokens += sum(answer.tokens for answer in answers)
+        pairs = [Pair(job.prompt.prompt, answer.text, job.prompt.kind) for job, answer in zip(here, answers, strict=True)]
+        verdicts = judge.judge(pairs)
+        rows = [
+            Response(
+                id=job.prompt.id,
+                kind=job.prompt.kind,
+                prompt=job.prompt.prompt,
+                answer=answer.text,
+                sample=job.sample,
+                finished=answer.finished,
+                outcome=verdict.outcome,
+                score=round(verdict.score, 4),
+                reasons=list(verdict.reasons),
+            )
+            for job, answer, verdict in zip(here, answers, verdicts, strict=True)
+        ]
+        append(path, sort(rows))
+        finished += len(batch)
+        report.progress(path.stem, finished, len(jobs))
+    return read_responses(path), tokens / seconds if seconds else 0.0
+
+
+def _plan(
+    path: Path, ids: list[list[int]], jobs: Sequence[Job], model: LanguageModel, options: GenerateOptions
+) -> list[list[int]]:
+    """Batches of job indices: one temperature each, prompts of like length together."""
+    stored = path.with_suffix(".plan.json")
+    if stored.exists():
+        return read_json(stored)  # type: ignore[no-any-return]
+    order = sorted(range(len(jobs)), key=lambda index: (jobs[index].temperature, len(ids[index]), index))
+    longest = max(len(prompt) for prompt in ids) + options.max_new_tokens
+    size = options.batch_size or fitting_batch(model, longest)
+    plan: list[list[int]] = []
+    for index in order:
+        if plan and len(plan[-1]) < size and jobs[plan[-1][0]].temperature == jobs[index].temperature:
+            plan[-1].append(index)
+        else:
+            plan.append([index])
+    write_json(stored, plan)
+    return plan
