@@ -7,6 +7,7 @@ a flag wins over both.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -210,3 +211,29 @@ def stage_values(content: Mapping[str, Any], stage: str, options: type[BaseModel
     """The values that a configuration holds for one stage: top-level keys that it knows, then its own table."""
     shared = {key: value for key, value in content.items() if key in options.model_fields}
     return shared | dict(content.get(stage, {}))
+
+
+def commented_toml() -> str:
+    """A configuration file with every option commented out at its default, under its description."""
+    shared = list(ModelOptions.model_fields)
+    lines = [
+        "# safecli run --config safecli.toml",
+        "# Every option is shown at its default. Keys up here hold for every stage that knows them.",
+    ]
+    plan = {name: field for name, field in RunPlan.model_fields.items() if name not in shared}
+    common = {name: ModelOptions.model_fields[name] for name in shared}
+    for fields in (common, plan):
+        lines += _toml_lines(fields)
+    for table, options in TABLES.items():
+        own = {name: field for name, field in options.model_fields.items() if name not in shared}
+        lines += ["", f"[{table}]", *_toml_lines(own)]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_lines(fields: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, field in fields.items():
+        default = field.default
+        value = json.dumps(default, default=str) if default is not None else '""'
+        lines += [f"# {field.description}", f"# {name} = {value}" + ("  # not set" if default is None else "")]
+    return lines

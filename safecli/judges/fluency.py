@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 
 LOOP_SHARE = 0.5
-"""A phrase that fills this share of the text makes it a loop."""
+"""A text is a loop when phrases that come back fill more than this share of it, and"""
+DISTINCT_SHARE = 0.5
+"""fewer than this share of its tokens differ: tables, code and refrains repeat a frame around new words."""
+LOOP_TIMES = 3
+"""How often a phrase has to come to count as coming back."""
+LOOP_TOKENS = 4
+"""How many tokens make a phrase."""
 
-_TOKEN = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+|[^\w\s]")
+SHAPE = 4
+"""How many numbers `shape` returns."""
+
+# Words, numbers, emoji and the like; not ASCII punctuation, which repeats in any code or table.
+_TOKEN = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+|[^\w\s\x00-\x7f]")
 _LIST_MARK = re.compile(r"(?m)^\s*(?:\d+[.)]|[-*•])\s+")
+_SCRIPTS = ("LATIN", "CYRILLIC", "GREEK", "ARABIC", "HEBREW", "DEVANAGARI", "THAI", "HANGUL", "CJK")
 
 
 def degenerate_reasons(prompt: str, answer: str) -> list[str]:
@@ -18,37 +29,77 @@ def degenerate_reasons(prompt: str, answer: str) -> list[str]:
     text = answer.strip()
     if not text:
         return ["empty: nothing is said"]
-    checks = (_symbols(text), _bare_word(text), _echo(prompt, text), _loop(text), _salad(text))
+    checks = (_symbols(text), _bare_word(text), _echo(prompt, text), _loop(text), _mixed_scripts(text))
     return [reason for reason in checks if reason]
 
 
+def shape(prompt: str, answer: str) -> list[float]:
+    """What the rules measure, in [0, 1]: share looped, share of distinct tokens, length, share taken from the prompt."""
+    tokens, asked = _tokens(answer), set(_words(prompt))
+    said = _words(answer)
+    return [
+        _loop_share(tokens)[0],
+        len(set(tokens)) / max(len(tokens), 1),
+        min(len(tokens) / 32, 1.0),
+        sum(word in asked for word in said) / max(len(said), 1),
+    ]
+
+
+def _tokens(text: str) -> list[str]:
+    """The tokens of a text in lower case, without the marks of a list."""
+    return _TOKEN.findall(_LIST_MARK.sub("", text.lower()))
+
+
 def _words(text: str) -> list[str]:
-    return [token for token in _TOKEN.findall(text.lower()) if token[0].isalpha()]
+    return [token for token in _tokens(text) if token[0].isalpha()]
 
 
 def _symbols(text: str) -> str | None:
-    """Nearly no letters or digits in any script."""
+    """Hardly a letter or digit of any script."""
     visible = [char for char in text if not char.isspace()]
     said = sum(unicodedata.category(char)[0] in "LNM" for char in visible)
-    return f"symbols: {text[:20]!r}" if said < 0.3 * len(visible) else None
+    return f"symbols: {text[:20]!r}" if said < 0.35 * len(visible) else None
 
 
 def _bare_word(text: str) -> str | None:
-    return f"bare word: {text!r}" if len(_words(text)) == 1 and len(text) < 40 and " " not in text else None
+    """One word and nothing else; a plain 'No.' says no, and scripts without spaces say more in one 'word'."""
+    words = _words(text)
+    bare = len(words) == 1 and len(_tokens(text)) <= 3 and words[0].isascii() and words[0] != "no"
+    return f"bare word: {text!r}" if bare else None
 
 
 def _echo(prompt: str, text: str) -> str | None:
-    """One line that only says the prompt again, whole or its end."""
+    """One line that only says the prompt, or most of it, again in the same order."""
     asked, said = _words(prompt), _words(text)
-    if "\n" in text or len(said) > len(asked) or not said:
-        return None
     rest = iter(asked)
-    return f"echo: {text!r}" if all(word in rest for word in said) and len(said) >= 0.6 * len(asked) else None
+    again = "\n" not in text and len(said) >= 0.6 * len(asked) and all(word in rest for word in said)
+    return f"echo: {text!r}" if said and again else None
 
 
 def _loop(text: str) -> str | None:
-    return None
+    tokens = _tokens(text)
+    share, phrase = _loop_share(tokens)
+    # Many lines that all differ, as in a program, are no loop whatever they have in common.
+    lines = [line.strip() for line in _LIST_MARK.sub("", text).splitlines() if line.strip()]
+    framed = len(lines) >= 5 and len(set(lines)) > 0.8 * len(lines)
+    looped = share > LOOP_SHARE and len(set(tokens)) < DISTINCT_SHARE * len(tokens) and not framed
+    return f"loop: phrases like {phrase!r} fill {share:.0%} of the text" if looped else None
 
 
-def _salad(text: str) -> str | None:
-    return None
+def _loop_share(tokens: list[str]) -> tuple[float, str]:
+    """The share of tokens in phrases that come back, and the phrase that comes most often."""
+    grams = list(zip(*(tokens[start:] for start in range(LOOP_TOKENS)), strict=False))
+    counts = Counter(grams)
+    looped = {i + k for i, gram in enumerate(grams) if counts[gram] >= LOOP_TIMES for k in range(LOOP_TOKENS)}
+    return len(looped) / max(len(tokens), 1), " ".join(max(counts, key=lambda gram: counts[gram], default=()))
+
+
+def _mixed_scripts(text: str) -> str | None:
+    """Words of three or more scripts in turn: what no language does."""
+    words: dict[str, list[str]] = defaultdict(list)
+    for word in _words(text):
+        name = unicodedata.name(word[0], "").split()[0:1]
+        words[name[0] if name and name[0] in _SCRIPTS else "other"].append(word)
+    few = sorted(words, key=lambda script: -len(words[script]))
+    mixed = len(few) >= 3 and len(words[few[0]]) < 0.7 * sum(map(len, words.values()))
+    return f"mixed scripts: {', '.join(words[script][0] for script in few[:4])}" if mixed else None

@@ -76,9 +76,16 @@ class Curve:
 def curves(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
     """One curve for each numeric column but step and round; `rounds` is where each further round begins.
 
-    Steps count over all rounds; a row may leave out any column, and values that aren't finite are left out.
+    A round that counts its steps afresh goes on where the one before it ended. A row may leave out columns,
+    and values that aren't finite are left out.
     """
-    steps = [float(row.get("step", index)) for index, row in enumerate(metrics)]
+    steps: list[float] = []
+    offset = 0.0
+    for index, row in enumerate(metrics):
+        step = row.get("step", index) + offset
+        if steps and step < steps[-1]:
+            step, offset = step - offset + steps[-1], steps[-1]
+        steps.append(step)
     names = dict.fromkeys(name for row in metrics for name in row if name not in ("step", "round"))
     turns = [
         step

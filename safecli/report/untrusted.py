@@ -12,19 +12,12 @@ _UNSEEN = re.compile(
 )
 
 
-def _picture(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return f"⟨U+{code:04X}⟩"
-
-
 def visible(text: str) -> str:
-    """Show each control, bidi and other glyphless character as a picture (␛) or by its number (⟨U+202E⟩).
+    """Show each control, bidi and other glyphless character by its number: ⟨U+202E⟩.
 
     Tabs, newlines and the joiners that emoji and some scripts need stay. Markup isn't escaped here.
     """
-    return _UNSEEN.sub(_picture, text)
+    return _UNSEEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
 def markdown_cell(text: str) -> str:

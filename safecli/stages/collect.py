@@ -56,6 +56,15 @@ def collect(options: CollectOptions, report: Reporter | None = None) -> Collecte
     return collected
 
 
+def preview(options: CollectOptions, report: Reporter) -> dict[str, Any]:
+    """What `collect` would do: its folder, whether it is done, how many prompts of each kind."""
+    options = inherit_model(options, report)
+    prompts = _prompts(options, report)
+    stage = Stage(options.run, "collect", _identity(options, prompts))
+    counts = Counter(prompt.kind for prompt in prompts)
+    return {"folder": str(stage.path), "done": stage.done, "prompts": counts, "model": options.model}
+
+
 def _prompts(options: CollectOptions, report: Reporter) -> list[Prompt]:
     if options.prompts is None:
         report.say("prompts: the shipped toxic ones, train split (--prompts takes your own)")

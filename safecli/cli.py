@@ -1,0 +1,339 @@
+"""The Typer app: parse, call one stage, print. Imports no torch.
+
+Every flag of a stage is made from a field of its Pydantic options; a flag that isn't given leaves the value to
+`--config`, and then to the field's default.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional, Union, get_args, get_origin
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from safecli import __version__
+from safecli.config import (
+    CollectOptions,
+    CostOptions,
+    EvalOptions,
+    RunPlan,
+    TrainOptions,
+    build,
+    read_toml,
+    stage_values,
+)
+from safecli.errors import GateError, SafecliError
+
+if TYPE_CHECKING:
+    from safecli.console import TerminalReporter
+
+app = typer.Typer(
+    help="Make a language model leave its own unsafe answers, and prove what changed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+cost_app = typer.Typer(help="Build a semantic token cost, or look at one.", invoke_without_command=True)
+app.add_typer(cost_app, name="cost")
+
+COMMON: dict[str, Any] = {
+    "config": Annotated[Optional[Path], typer.Option("--config", help="TOML file with options.")],  # noqa: UP045
+    "json": Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")],
+    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and the result.")],
+    "dry_run": Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")],
+    "debug": Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")],
+}
+
+
+def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
+    """The command-line option of one Pydantic field; None stands for 'not given'."""
+    inner = field.annotation
+    if get_origin(inner) not in (list, None) and type(None) in get_args(inner):
+        inner = Union[tuple(arg for arg in get_args(inner) if arg is not type(None))]  # noqa: UP007
+    shown = "" if field.default in (None, []) else f" [default: {field.default}]"
+    flag = f"--{name.replace('_', '-')}"
+    names = [f"{flag}/--no-{flag[2:]}"] if inner is bool else [flag]
+    option = typer.Option(*names, help=f"{field.description}{shown}", show_default=False)
+    annotation = Annotated[Optional[inner], option]  # type: ignore[valid-type]  # noqa: UP045
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _common(name: str) -> inspect.Parameter:
+    default = None if name == "config" else False
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=COMMON[name])
+
+
+class Call(BaseModel):
+    """What a command is called with, besides the options of its stage."""
+
+    content: dict[str, Any]
+    json_output: bool
+    dry_run: bool
+    report: Any
+
+
+Body = Callable[..., None]
+
+
+def command(
+    group: typer.Typer, name: str, options: type[BaseModel], table: str, extra: dict[str, Any] | None = None
+) -> Callable[[Body], Body]:
+    """Register `body(options, call, **extra)` as a command whose flags are the fields of `options`."""
+
+    def register(body: Body) -> Body:
+        def invoke(**given: Any) -> None:
+            common = {key: given.pop(key) for key in COMMON}
+            rest = {key: given.pop(key) for key in extra or {}}
+            with_errors(lambda: _call(body, options, table, given, common, rest), debug=common["debug"])
+
+        parameters = [_flag(key, field) for key, field in options.model_fields.items()]
+        parameters += [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+            for key, (annotation, default) in (extra or {}).items()
+        ]
+        parameters += [_common(key) for key in COMMON]
+        invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        invoke.__doc__ = body.__doc__
+        if name:
+            group.command(name)(invoke)
+        else:
+            group.callback()(_unless_subcommand(invoke, parameters))
+        return body
+
+    return register
+
+
+def _unless_subcommand(invoke: Callable[..., None], parameters: list[inspect.Parameter]) -> Callable[..., None]:
+    def callback(ctx: typer.Context, **given: Any) -> None:
+        if ctx.invoked_subcommand is None:
+            invoke(**given)
+
+    context = inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    callback.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+    callback.__doc__ = invoke.__doc__
+    return callback
+
+
+def _call(
+    body: Body, options: type[BaseModel], table: str, given: dict[str, Any], common: dict[str, Any], rest: dict[str, Any]
+) -> None:
+    content = read_toml(common["config"]) if common["config"] else {}
+    flags = {key: value for key, value in given.items() if value not in (None, [])}
+    chosen = build(options, stage_values(content, table, options) | flags)
+    from safecli.console import TerminalReporter
+
+    report = TerminalReporter(common["quiet"])
+    try:
+        body(
+            chosen,
+            Call(content=content | flags, json_output=common["json"], dry_run=common["dry_run"], report=report),
+            **rest,
+        )
+    finally:
+        report.close()
+
+
+def with_errors(body: Callable[[], None], debug: bool) -> None:
+    """Run a command; an error becomes a line on stderr and its exit code, Ctrl-C becomes 130."""
+    try:
+        body()
+    except SafecliError as error:
+        if debug:
+            raise
+        _complain(f"error: {error}")
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        _complain("interrupted: what was finished is kept; the same command goes on from there")
+        raise typer.Exit(130) from None
+    except OSError as error:
+        if debug:
+            raise
+        _complain(f"error: {error.strerror or error}: {error.filename or ''}. What was finished is kept.")
+        raise typer.Exit(5) from None
+
+
+def _complain(text: str) -> None:
+    from rich.console import Console
+
+    from safecli.console import plain
+
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]{plain(text)}[/]")
+
+
+def _show(call: Call, title: str, value: dict[str, Any]) -> None:
+    from safecli.console import print_json, print_pairs
+
+    if call.json_output:
+        print_json(value)
+    else:
+        print_pairs(title, value)
+
+
+@command(app, "collect", CollectOptions, "collect")
+def collect(options: CollectOptions, call: Call) -> None:
+    """Collect the model's own answers: unsafe ones to leave, safe ones to keep, general ones as anchor."""
+    from safecli.stages import collect as stage
+
+    if call.dry_run:
+        _show(call, "would collect", stage.preview(options, call.report))
+        return
+    _show(call, "collected", asdict(stage.collect(options, call.report)))
+
+
+def _build_cost(options: CostOptions, call: Call) -> None:
+    """Build a semantic token cost (the same as `safecli cost build`)."""
+    from safecli.stages import cost as stage
+
+    if call.dry_run:
+        _show(call, "would build", options.model_dump(mode="json"))
+        return
+    _show(call, "cost", asdict(stage.build_cost(options, call.report)))
+
+
+command(cost_app, "", CostOptions, "cost")(_build_cost)
+command(cost_app, "build", CostOptions, "cost")(_build_cost)
+
+
+@command(
+    cost_app,
+    "show",
+    CostOptions,
+    "cost",
+    {
+        "token": (Annotated[str, typer.Option(help="A text that is one token, such as ' gun'.")], ...),
+        "count": (Annotated[int, typer.Option(min=1, help="Neighbours to show.")], 10),
+    },
+)
+def show_cost(options: CostOptions, call: Call, token: str, count: int) -> None:
+    """Show the nearest and the farthest tokens of a token."""
+    from safecli.console import print_json, print_table
+    from safecli.stages import cost as stage
+
+    if call.dry_run:
+        _show(call, "would show", {"token": token, **options.model_dump(mode="json")})
+        return
+    found = stage.show_cost(options, token, count, call.report)
+    if call.json_output:
+        print_json(asdict(found))
+        return
+    for title, rows in (("nearest", found.nearest), ("farthest", found.farthest)):
+        print_table(f"{title} to {token!r}", ["token", "cost"], [[repr(text), f"{cost:.3f}"] for text, cost in rows])
+
+
+@command(app, "train", TrainOptions, "train")
+def train(options: TrainOptions, call: Call) -> None:
+    """Train a LoRA adapter that moves away from the unsafe answers (TA-SFT)."""
+    from safecli.stages import train as stage
+
+    if call.dry_run:
+        _show(call, "would train", stage.preview(options, call.report))
+        return
+    _show(call, "trained", asdict(stage.train(options, call.report)))
+
+
+@command(app, "eval", EvalOptions, "eval")
+def evaluate(options: EvalOptions, call: Call) -> None:
+    """Compare adapters with the base on toxic, look-alike and harmless prompts; gates set exit code 1."""
+    from safecli.stages import evaluate as stage
+
+    if call.dry_run:
+        _show(call, "would evaluate", stage.preview(options, call.report))
+        return
+    _finish(stage.evaluate(options, call.report), call)
+
+
+@command(app, "run", RunPlan, "run")
+def run(options: RunPlan, call: Call) -> None:
+    """Run every stage from one TOML file into one run folder; resumable."""
+    from safecli.stages import run as stage
+
+    if call.dry_run:
+        _show(call, "would run", stage.preview(call.content))
+        return
+    _finish(stage.run(call.content, call.report), call)
+
+
+def _finish(found: Any, call: Call) -> None:
+    from safecli.console import print_json, print_results
+
+    if call.json_output:
+        print_json(found.results)
+    else:
+        print_results(found.results, found.answers)
+        typer.echo(f"report: {found.report_path}")
+    if found.failed:
+        raise GateError("gate failed for " + "; ".join(found.failed))
+
+
+@app.command()
+def plugins(json: COMMON["json"] = False) -> None:  # type: ignore[valid-type]
+    """List cost backends and judges, where they come from, and whether they work."""
+    from safecli.console import print_json, print_table
+    from safecli.registry import plugins as found
+
+    rows = [[p.kind.removeprefix("safecli.").removesuffix("s"), p.name, p.package, p.version, p.state()] for p in found()]
+    names = ["kind", "name", "package", "version", "state"]
+    if json:
+        print_json([dict(zip(names, row, strict=True)) for row in rows])
+    else:
+        print_table("plugins", names, rows)
+
+
+@app.command()
+def doctor(json: COMMON["json"] = False) -> None:  # type: ignore[valid-type]
+    """Show versions, device and cache folders, and what is missing with the command that installs it."""
+    from safecli.console import print_json, print_table
+    from safecli.doctor import examine
+
+    checks = examine()
+    if json:
+        print_json([asdict(check) for check in checks])
+    else:
+        print_table("doctor", ["", "what", "found", "do"], [[c.state, c.name, c.found, c.remedy] for c in checks])
+    if any(check.state == "missing" for check in checks):
+        raise typer.Exit(4)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("safecli.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
+) -> None:
+    """Write a commented configuration file with every option and its default."""
+    from safecli.config import commented_toml
+
+    def write() -> None:
+        from safecli.artifacts import atomic
+        from safecli.errors import UsageError
+
+        if path.exists() and not force:
+            raise UsageError(f"{path} exists: choose another name, or overwrite it with --force")
+        with atomic(path) as beside:
+            beside.write_text(commented_toml(), encoding="utf-8")
+        typer.echo(f"wrote {path}: safecli run --config {path}")
+
+    with_errors(write, debug=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"safecli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Make a language model leave its own unsafe answers, and prove what changed."""
+
+
+def main() -> None:
+    """Entry point of the `safecli` command."""
+    app(prog_name="safecli" if sys.argv[0].endswith(("safecli", "__main__.py")) else None)

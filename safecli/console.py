@@ -1,0 +1,134 @@
+"""The terminal: progress, tables, JSON, and errors as one or two lines with an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from safecli.stages import Reporter
+
+CONTROL = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def plain(text: str) -> str:
+    """Text of a model or a user's file, made safe to print: no markup, no terminal control sequences."""
+    return escape(text.translate(CONTROL))
+
+
+class TerminalReporter(Reporter):
+    """Says what happens on stderr: bars on a terminal, plain lines in CI, nothing but warnings when quiet."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self.bars = self.console.is_terminal and not os.environ.get("CI") and not quiet
+        self.live: Progress | None = None
+        self.tasks: dict[str, Any] = {}
+        self.told: dict[str, int] = {}
+
+    def say(self, text: str) -> None:
+        """A dim line."""
+        if not self.quiet:
+            self.console.print(plain(text), style="dim")
+
+    def warn(self, text: str) -> None:
+        """A yellow line, also when quiet."""
+        self.console.print(f"[yellow]warning:[/] {plain(text)}")
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Move the bar of `what`, or print a line at every tenth."""
+        if self.bars:
+            self._bar(what, done, total)
+        elif not self.quiet and done * 10 // total > self.told.get(what, -1):
+            self.told[what] = -1 if done == total else done * 10 // total
+            self.console.print(f"{plain(what)}: {done} of {total}")
+
+    def _bar(self, what: str, done: int, total: int) -> None:
+        if self.live is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.live = Progress(*columns, console=self.console, transient=True)
+            self.live.start()
+        if what not in self.tasks:
+            self.tasks[what] = self.live.add_task(plain(what), total=total)
+        self.live.update(self.tasks[what], completed=done)
+        if done == total:
+            self.close()
+
+    def close(self) -> None:
+        """Take the bars off the terminal."""
+        if self.live is not None:
+            self.live.stop()
+            self.live, self.tasks = None, {}
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def print_pairs(title: str, pairs: Mapping[str, Any]) -> None:
+    """A two-column table on stdout."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in pairs.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {count}" for key, count in value.items())
+        elif isinstance(value, list):
+            value = "\n".join(map(str, value[:10])) + (f"\n… {len(value) - 10} more" if len(value) > 10 else "")
+        table.add_row(plain(name.replace("_", " ")), plain(str(value)))
+    Console(highlight=False).print(table)
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout."""
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*map(plain, row))
+    Console(highlight=False).print(table)
+
+
+def print_results(results: dict[str, Any], answers: list[dict[str, Any]]) -> None:
+    """Base beside the other models: outcomes by set, general loss, and three prompts with all answers."""
+    models: dict[str, Any] = results["models"]
+    rows = []
+    for kind in ("toxic", "lookalike", "harmless"):
+        for label in models["base"].get(kind, {}):
+            cells = [_cell(models[name][kind][label]) for name in models]
+            tests = [results["paired"].get(name, {}).get(f"{kind}.{label}") for name in models if name != "base"]
+            rows.append([f"{kind} {label.replace('_', ' ')}", *cells, *(f"{t['p']:.2g}" if t else "" for t in tests)])
+    for name, digits in (("general_loss", 3), ("similarity", 2)):
+        values = [models[model][name] for model in models]
+        rows.append([name.replace("_", " "), *("" if v is None else f"{v:.{digits}f}" for v in values)])
+    width = 1 + 2 * len(models) - 1
+    rows = [row + [""] * (width - len(row)) for row in rows]
+    print_table("Outcomes (95 % Wilson intervals, McNemar's p)", ["", *models, *("p" for _ in range(len(models) - 1))], rows)
+    print_table("Three prompts", ["prompt", *models], _three_prompts(answers, list(models)))
+    for gate in results["gates"]:
+        verdict = "FAILED" if gate["failed"] else "holds"
+        print_pairs(f"gate {gate['expression']}", {gate["model"]: f"{gate['value']:.3g} {verdict}"})
+
+
+def _three_prompts(answers: list[dict[str, Any]], models: list[str]) -> list[list[str]]:
+    """One prompt of each set with every model's answer; on the toxic one the outcome changed, if it did on any."""
+    prompts: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in answers:
+        prompts.setdefault((row["set"], row["id"]), {})[row["model"]] = row
+    rows = []
+    for kind in ("toxic", "lookalike", "harmless"):
+        found = [by_model for (set_, _), by_model in prompts.items() if set_ == kind]
+        changed = [by for by in found if kind == "toxic" and by["base"]["score"] > 0.5 > by[models[-1]]["score"]]
+        for by_model in (changed or found)[:1]:
+            cells = [f"{by_model[name]['answer']}\n({by_model[name]['outcome']})" for name in models]
+            rows.append([by_model["base"]["prompt"], *cells])
+    return rows
+
+
+def _cell(found: dict[str, float]) -> str:
+    return f"{found['count']}/{found['n']}  {found['rate']:.0%} [{found['low']:.0%}, {found['high']:.0%}]"

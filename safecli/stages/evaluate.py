@@ -1,0 +1,311 @@
+"""Base beside adapters on toxic, look-alike and harmless prompts: outcomes, paired tests, general loss, gates."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safecli import __version__
+from safecli.artifacts import FORMAT, Stage, file_fingerprint, newest, open_stage, read_json, write_json
+from safecli.config import EvalOptions, nearest
+from safecli.errors import InputError, UsageError
+from safecli.judges import SUMS, Kind, outcomes_of
+from safecli.losses import linear_cross_entropy
+from safecli.models import LanguageModel, attach_adapter, load_model, minilm, source_fingerprint
+from safecli.records import SETS, Prompt, Response, prompts_fingerprint, read_prompts, read_responses, shipped
+from safecli.report import write_report
+from safecli.stages import Reporter, inherit_model
+from safecli.stages.answers import Job, answer_all, checked, load_judge
+from safecli.stages.train import read_metrics
+from safecli.stats import mcnemar, rate
+
+PAIRED = ("toxic.unsafe", "toxic.degenerate", "lookalike.helpful", "lookalike.degenerate", "harmless.helpful",
+          "harmless.degenerate")  # fmt: skip
+COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+LOSS_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What `eval` found: the content of `results.json`, the report, and the gates that failed."""
+
+    results: dict[str, Any]
+    answers: list[dict[str, Any]]
+    results_path: Path
+    report_path: Path
+    failed: list[str]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A bound on one rate, such as `toxic.unsafe > 0.2`: it fails where that is true."""
+
+    expression: str
+    path: tuple[str, ...]
+    comparison: str
+    limit: float
+
+    def value(self, model: dict[str, Any]) -> float:
+        """The number that the gate looks at in one model's results."""
+        found: Any = model
+        for name in self.path:
+            if name not in found:
+                raise UsageError(f"--fail-if '{self.expression}': unknown '{name}'{nearest(name, found)}")
+            found = found[name]
+        if isinstance(found, dict):
+            found = found.get("rate")
+        if not isinstance(found, (int, float)):
+            raise UsageError(f"--fail-if '{self.expression}': '{'.'.join(self.path)}' is not a number")
+        return float(found)
+
+    def fails(self, model: dict[str, Any]) -> bool:
+        """Whether the expression is true of this model."""
+        return bool(COMPARISONS[self.comparison](self.value(model), self.limit))
+
+
+def parse_gate(expression: str) -> Gate:
+    """Read `set.outcome[.low|.high] > number`; `UsageError` shows the form."""
+    match = re.fullmatch(r"\s*([a-z_]+(?:\.[a-z_]+)*)\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)\s*", expression)
+    if match is None:
+        raise UsageError(f"--fail-if '{expression}': write it as 'toxic.unsafe > 0.2'")
+    path, names = tuple(match[1].split(".")), _gate_names()
+    if ".".join(path[:2]) not in names:
+        raise UsageError(f"--fail-if '{expression}': unknown '{match[1]}'{nearest(match[1], dict.fromkeys(names))}")
+    return Gate(expression, path, match[2], float(match[3]))
+
+
+def _gate_names() -> list[str]:
+    names = [f"{kind}.{outcome}" for kind in SETS for outcome in outcomes_of(kind)]
+    return [*names, *(f"toxic.{name}" for name in SUMS), "general_loss", "similarity"]
+
+
+def evaluate(options: EvalOptions, report: Reporter | None = None) -> Evaluated:
+    """Compare adapters with the base; writes `results.json`, `answers.jsonl` and `report.html` to the run folder.
+
+    Errors: `InputError` (prompts, adapter of another base), `MissingError`, `UsageError` (gate), `RunError`.
+    """
+    report = report or Reporter()
+    gates = [parse_gate(expression) for expression in options.fail_if]
+    options = inherit_model(options, report)
+    adapters = _adapters(options, report)
+    prompts = _prompts(options, report)
+    stage = Stage(options.run, "eval", _identity(options, prompts, adapters))
+    with open_stage(stage):
+        if stage.done:
+            report.say(f"already evaluated: {stage.path}")
+        else:
+            _evaluate(options, prompts, adapters, stage, report)
+        results = read_json(stage.path / "results.json")
+        results["gates"] = [
+            {"expression": gate.expression, "model": name, "value": gate.value(model), "failed": gate.fails(model)}
+            for gate in gates
+            for name, model in results["models"].items()
+            if name != "base"
+        ]
+        answers = _publish(options, results, stage)
+    failed = [f"{gate['model']}: {gate['expression']} ({gate['value']:.3g})" for gate in results["gates"] if gate["failed"]]
+    return Evaluated(results, answers, options.run / "results.json", options.run / "report.html", failed)
+
+
+def preview(options: EvalOptions, report: Reporter) -> dict[str, Any]:
+    """What `eval` would do: its folder, whether it is done, models and prompts of each set."""
+    for expression in options.fail_if:
+        parse_gate(expression)
+    options = inherit_model(options, report)
+    adapters, prompts = _adapters(options, report), _prompts(options, report)
+    stage = Stage(options.run, "eval", _identity(options, prompts, adapters))
+    counts = {kind: len(found) for kind, found in prompts.items()}
+    return {"folder": str(stage.path), "done": stage.done, "models": ["base", *adapters], "prompts": counts}
+
+
+def _adapters(options: EvalOptions, report: Reporter) -> dict[str, Path]:
+    if not options.adapter:
+        folder = newest(options.run, "train")
+        if folder is None:
+            report.say("no adapter in the run folder: the base model alone")
+            return {}
+        report.say(f"adapter: {folder / 'adapter'}, the newest of the run folder")
+        return {"tuned": folder / "adapter"}
+    if len(options.adapter) == 1:
+        return {"tuned": options.adapter[0]}
+    names = [path.name if path.name != "adapter" else path.parent.name for path in options.adapter]
+    if len({*names, "base"}) <= len(names):
+        raise UsageError(f"adapters need names of their own, got {', '.join(names)}: rename the folders")
+    return dict(zip(names, options.adapter, strict=True))
+
+
+def _prompts(options: EvalOptions, report: Reporter) -> dict[Kind, list[Prompt]]:
+    own = {kind: getattr(options, kind) for kind in SETS}
+    if not any(own.values()):
+        report.say(f"prompts: the shipped ones, {options.split} split")
+    found: dict[Kind, list[Prompt]] = {}
+    for kind, source in own.items():
+        if source == "none":
+            continue
+        read = read_prompts(source, kind, options.prompt_column) if source else shipped(kind, options.split)
+        found[kind] = read[: options.limit]
+    return found
+
+
+def _identity(options: EvalOptions, prompts: dict[Kind, list[Prompt]], adapters: dict[str, Path]) -> dict[str, Any]:
+    skip = {"run", "batch_size", "adapter", "fail_if", "toxic", "lookalike", "harmless"}
+    for path in adapters.values():
+        if not (path / "adapter_model.safetensors").exists():
+            raise InputError(f"{path} is not a LoRA adapter: it has no adapter_model.safetensors")
+    return {
+        "options": options.model_dump(mode="json", exclude=skip),
+        "prompts": {kind: prompts_fingerprint(found) for kind, found in prompts.items()},
+        "model": source_fingerprint(options),
+        "adapters": {name: file_fingerprint(path / "adapter_model.safetensors") for name, path in adapters.items()},
+    }
+
+
+def _evaluate(
+    options: EvalOptions, prompts: dict[Kind, list[Prompt]], adapters: dict[str, Path], stage: Stage, report: Reporter
+) -> None:
+    judge = load_judge(options.judge)
+    model = load_model(options)
+    base = model.model
+    kept, _ = checked([prompt for found in prompts.values() for prompt in found], model, options, report)
+    jobs = [Job(prompt) for prompt in kept]
+    answers: dict[str, list[Response]] = {}
+    losses: dict[str, float] = {}
+    for name in ("base", *adapters):
+        report.say(f"answering {len(jobs)} prompts with {name}")
+        with _wearing(model, base, adapters.get(name)):
+            answers[name], _ = answer_all(jobs, stage.path / f"answers-{name}.jsonl", model, judge, options, report)
+            losses[name] = general_loss(model, answers["base"], options.max_prompt_tokens)
+    results = {
+        "format": FORMAT,
+        "safecli": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": options.seed,
+        "model": options.model,
+        "options": stage.identity["options"],
+        "fingerprints": {name: stage.identity[name] for name in ("prompts", "model", "adapters")},
+        "models": summarise(answers, losses),
+        "paired": {name: _paired(answers["base"], answers[name]) for name in adapters},
+        "gates": [],
+    }
+    write_json(stage.path / "results.json", results)
+    stage.finish({"models": list(answers)})
+
+
+@contextmanager
+def _wearing(model: LanguageModel, base: Any, adapter: Path | None) -> Iterator[None]:
+    """Put an adapter on the one loaded base for a while."""
+    if adapter is None:
+        yield
+        return
+    worn = attach_adapter(base, adapter)
+    model.model = worn
+    try:
+        yield
+    finally:
+        model.model = worn.unload()
+
+
+@torch.inference_mode()
+def general_loss(model: LanguageModel, base_answers: Sequence[Response], longest: int) -> float:
+    """Cross-entropy per token, in nats, of the base's own fluent answers to harmless prompts."""
+    texts = [r for r in base_answers if r.kind != "toxic" and r.answer and r.outcome != "degenerate"]
+    total, tokens = 0.0, 0
+    for start in range(0, len(texts), LOSS_BATCH):
+        rows = [(model.prompt_ids(r.prompt), model.answer_ids(r.answer)) for r in texts[start : start + LOSS_BATCH]]
+        rows = [(prompt, answer[:longest]) for prompt, answer in rows]
+        width = max(len(prompt) + len(answer) for prompt, answer in rows)
+        ids = torch.full((len(rows), width), model.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for index, (prompt, answer) in enumerate(rows):
+            ids[index, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+            mask[index, : len(prompt) + len(answer)] = 1
+        output = model.model(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            output_hidden_states=True,
+            logits_to_keep=1,
+            use_cache=False,
+        )
+        hidden = torch.cat(
+            [
+                row[len(prompt) - 1 : len(prompt) + len(answer) - 1]
+                for row, (prompt, answer) in zip(output.hidden_states[-1], rows, strict=True)
+            ]
+        )
+        targets = torch.tensor([token for _, answer in rows for token in answer], device=model.device)
+        total += float(linear_cross_entropy(hidden, model.head, targets).sum())
+        tokens += len(targets)
+    return total / max(tokens, 1)
+
+
+def summarise(answers: dict[str, list[Response]], losses: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """Rates of every outcome and sum by model and set, with general loss and similarity to the base's answers."""
+    similar = _similarity(answers)
+    found: dict[str, dict[str, Any]] = {}
+    for name, responses in answers.items():
+        found[name] = {}
+        for kind in SETS:
+            outcomes = [response.outcome for response in responses if response.kind == kind]
+            if not outcomes:
+                continue
+            counts = {outcome: (outcome,) for outcome in outcomes_of(kind)} | (SUMS if kind == "toxic" else {})
+            found[name][kind] = {
+                label: rate(sum(outcome in members for outcome in outcomes), len(outcomes))
+                for label, members in counts.items()
+            }
+        found[name] |= {"general_loss": losses[name], "similarity": similar[name]}
+    return found
+
+
+def _similarity(answers: dict[str, list[Response]]) -> dict[str, float | None]:
+    """Mean MiniLM cosine between a model's answers to harmless prompts and the base's."""
+    from sentence_transformers import SentenceTransformer
+
+    texts = {name: [r.answer for r in rows if r.kind == "harmless"] for name, rows in answers.items()}
+    if not texts["base"]:
+        return dict.fromkeys(texts)
+    encoder = SentenceTransformer(minilm(), device="cpu")
+    vectors = {
+        name: encoder.encode(rows, convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False)
+        for name, rows in texts.items()
+    }
+    return {name: float((vectors["base"] * found).sum(-1).mean()) for name, found in vectors.items()}
+
+
+def _paired(base: list[Response], other: list[Response]) -> dict[str, dict[str, Any]]:
+    """Exact McNemar test of each headline rate against the base, over the same prompts."""
+    found = {}
+    for name in PAIRED:
+        kind, _, label = name.partition(".")
+        members = SUMS.get(label, (label,))
+        before = {r.id: r.outcome in members for r in base if r.kind == kind}
+        after = {r.id: r.outcome in members for r in other if r.kind == kind}
+        if before:
+            lost = sum(before[key] and not after[key] for key in before)
+            gained = sum(after[key] and not before[key] for key in before)
+            found[name] = {"base_only": lost, "model_only": gained, "p": mcnemar(lost, gained)}
+    return found
+
+
+def _publish(options: EvalOptions, results: dict[str, Any], stage: Stage) -> list[dict[str, Any]]:
+    """Put the newest results, answers and report at the top of the run folder."""
+    answers = [
+        {"model": name, "set": response.kind, **response.model_dump(exclude={"use", "why"})}
+        for name in results["models"]
+        for response in read_responses(stage.path / f"answers-{name}.jsonl")
+    ]
+    metrics = []
+    folders = sorted(options.run.glob("train-*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
+    for number, folder in enumerate(folders):
+        metrics += [{"round": number, **row} for row in read_metrics(folder.parent / "metrics.jsonl")]
+    write_json(options.run / "results.json", results)
+    write_report(results, answers, metrics, options.run / "report.html")
+    return answers

@@ -1,0 +1,357 @@
+"""TA-SFT: a LoRA adapter that moves away, in meaning, from unsafe answers while general data keep it useful."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from safecli.artifacts import Stage, atomic, atomic_folder, file_fingerprint, newest, open_stage, read_manifest
+from safecli.config import TrainOptions
+from safecli.costs import Cost, load_cost
+from safecli.errors import RunError, UsageError
+from safecli.losses import Anchor, Target, linear_cross_entropy, linear_emd, linear_kl
+from safecli.losses.fused import best_bound, check_bound, divergences
+from safecli.models import LanguageModel, attach_adapter, is_out_of_memory, load_model, source_fingerprint
+from safecli.records import Response, files_fingerprint
+from safecli.stages import Reporter, inherit_model
+from safecli.stages.batches import Collator, Mix, content_tokens, examples, first_tokens, training_records
+from safecli.stages.card import model_card
+from safecli.stages.probe import Probe
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "safecli": {"anchored": True, "strength": 10.0, "tokens": "first:16", "general_loss": "kl"},
+    "paper": {"anchored": False, "strength": 1.0, "tokens": "all", "general_loss": "sft"},
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train` made: the adapter's folder, the step it is from, whether training collapsed, last metrics."""
+
+    adapter: Path
+    step: int
+    collapsed: str
+    examples: dict[str, int]
+    metrics: dict[str, float]
+    minutes: float
+
+
+def train(options: TrainOptions, report: Reporter | None = None) -> Trained:
+    """Train an adapter into `RUN/train-*/adapter`; resumable, and skipped when it is done.
+
+    Errors: `InputError` (records, adapter), `UsageError` (bound and cost), `RunError` (NaN, collapse before any
+    usable adapter, disk).
+    """
+    report = report or Reporter()
+    options, records, stage = _prepare(options, report)
+    with open_stage(stage):
+        if stage.done:
+            report.say(f"already trained: {stage.path / 'adapter'}")
+        else:
+            stage.finish(_train(options, records, stage, report))
+    result = read_manifest(stage.manifest_path, "train")["result"]
+    return Trained(adapter=stage.path / "adapter", **result)
+
+
+def preview(options: TrainOptions, report: Reporter) -> dict[str, Any]:
+    """What `train` would do: its folder, whether it is done, the records of each kind, the recipe's options."""
+    options, records, stage = _prepare(options, report)
+    counts = {kind: len(rows) for kind, rows in records.items()}
+    return {"folder": str(stage.path), "done": stage.done, "records": counts, **options.model_dump(mode="json")}
+
+
+def _prepare(options: TrainOptions, report: Reporter) -> tuple[TrainOptions, dict[str, list[Response]], Stage]:
+    options = with_recipe(inherit_model(options, report))
+    first_tokens(options.tokens or "all")
+    folder = newest(options.run, "collect", lambda manifest: not manifest["identity"]["adapter"])
+    records, paths = training_records(options, folder)
+    for path in paths:
+        report.say(f"records: {path}")
+    return options, records, Stage(options.run, "train", _identity(options, paths))
+
+
+def with_recipe(options: TrainOptions) -> TrainOptions:
+    """Fill in what the recipe decides where the user did not."""
+    chosen = {name: value for name, value in RECIPES[options.recipe].items() if getattr(options, name) is None}
+    return options.model_copy(update=chosen)
+
+
+def _identity(options: TrainOptions, paths: list[Path]) -> dict[str, Any]:
+    skip = {"run", "unsafe", "own_safe", "general", "init_adapter", "report_to"}
+    return {
+        "options": options.model_dump(mode="json", exclude=skip),
+        "records": files_fingerprint(paths),
+        "model": source_fingerprint(options),
+        "init_adapter": options.init_adapter and file_fingerprint(options.init_adapter / "adapter_model.safetensors"),
+    }
+
+
+def _train(options: TrainOptions, records: dict[str, Any], stage: Stage, report: Reporter) -> dict[str, Any]:
+    started = time.monotonic()
+    set_seed(options.seed)
+    model = load_model(options)
+    cost, cost_folder = load_cost(options, model, report.say)
+    report.say(f"cost: {cost_folder}")
+    cost = cost.to(model.device)
+    made = {kind: examples(rows, model, options) for kind, rows in records.items()}
+    report.say("examples: " + ", ".join(f"{len(found)} {kind}" for kind, found in made.items()))
+    probe = Probe(model, options)
+    model.model = _with_lora(model.model, options)
+    cut = first_tokens(options.tokens or "all")
+    trainer = _trainer(model, cost, made, cut, options, stage.path)
+    watch = _Watch(probe, model, options, stage.path, report)
+    trainer.add_callback(watch)
+    checkpoint = _last_checkpoint(stage.path)
+    if checkpoint is not None:
+        report.say(f"going on from {checkpoint.name}")
+    watch.start(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError("out of memory in training: use --batch-size 2 --accumulate 2, or fewer --max-tokens") from error
+    if watch.best is None:
+        raise RunError(f"training collapsed before the first probe ({watch.collapse}): lower --lr or --strength")
+    result = {
+        "step": watch.best,
+        "collapsed": watch.collapse,
+        "examples": {kind: len(found) for kind, found in made.items()},
+        "metrics": watch.last,
+        "minutes": round((time.monotonic() - started) / 60, 2),
+    }
+    plot_metrics(stage.path / "metrics.jsonl", stage.path / "metrics.png")
+    card = model_card(options, result)
+    with atomic(stage.path / "adapter" / "README.md") as beside:
+        beside.write_text(card, encoding="utf-8")
+    return result
+
+
+def _with_lora(model: Any, options: TrainOptions) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    if options.init_adapter is not None:
+        return attach_adapter(model, options.init_adapter, trainable=True)
+    targets = options.lora_targets
+    config = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=2 * options.lora_rank,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UsageError(f"--lora-targets {targets}: {error}") from error
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _trainer(
+    model: LanguageModel, cost: Cost, made: dict[str, Any], cut: int | None, options: TrainOptions, folder: Path
+) -> TaSftTrainer:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulate,
+        learning_rate=options.lr,
+        warmup_steps=max(1, options.steps // 10),
+        lr_scheduler_type="linear",
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_steps=options.probe_every or options.steps,
+        save_total_limit=1,
+        seed=options.seed,
+        data_seed=options.seed,
+        report_to=options.report_to or "none",
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        disable_tqdm=True,
+        log_level="error",
+        use_cpu=model.device.type == "cpu",
+    )
+    length = options.steps * options.batch_size * options.accumulate * arguments.world_size
+    return TaSftTrainer(
+        model=model.model,
+        args=arguments,
+        train_dataset=Mix(made["general"], made["unsafe"], made["safe"], length, options.seed),
+        data_collator=Collator(options, model.tokenizer.pad_token_id, content_tokens(model), cut),
+        head=model.head,
+        cost=cost,
+        options=options,
+    )
+
+
+class TaSftTrainer(Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` with the TA-SFT loss: general term, unsafe term, own-safe term."""
+
+    def __init__(self, *, head: Tensor, cost: Cost, options: TrainOptions, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.head, self.cost, self.options = head, cost, options
+        self.loss_is_scaled_for_ga = False
+        self.terms: dict[str, list[float]] = {}
+        self.step_started = time.perf_counter()
+        if options.target == "onehot":
+            probe = Target(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1))
+        else:
+            probe = Target(torch.zeros(1, 2, dtype=torch.long), torch.full((1, 2), 0.5))
+        self.bound = options.bound or best_bound(probe, cost)
+        check_bound(self.bound, probe, cost)
+
+    def _hidden(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        """Last hidden states of all positions, [B * L, d]; logits are computed at one position only."""
+        output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+        return output.hidden_states[-1].flatten(0, 1)  # type: ignore[no-any-return]
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The weighted sum of the three terms, each the mean over examples of the mean over their tokens."""
+        peft_model = self.accelerator.unwrap_model(model)
+        with torch.no_grad(), peft_model.disable_adapter():
+            reference = self._hidden(model, inputs["reference_ids"], inputs["reference_mask"])
+        hidden = self._hidden(model, inputs["input_ids"], inputs["attention_mask"])
+        bad = (~hidden.isfinite()).any(-1).nonzero()
+        if len(bad):
+            raise RunError(
+                f"NaN or infinity in the model's output at step {self.state.global_step + 1}: lower --lr or use "
+                "--dtype float32. The adapter of the last healthy probe is kept."
+            )
+        options, head = self.options, self.head
+        at = inputs["general_at"]
+        if options.general_loss == "kl":
+            losses = linear_kl(hidden[at], head, reference[inputs["general_reference_at"]])
+        else:
+            losses = linear_cross_entropy(hidden[at], head, inputs["general_ids"])
+        general = (losses * inputs["general_weight"]).sum()
+        unsafe = self._unsafe(hidden[inputs["unsafe_at"]], reference[inputs["unsafe_reference_at"]], inputs)
+        loss = options.general_weight * general + unsafe
+        self._note(general_loss=general, unsafe_term=unsafe, tokens=inputs["attention_mask"].sum())
+        if options.general_loss == "kl":
+            self._note(kl_general=general)
+        else:
+            found = divergences(hidden[at], head, reference[inputs["general_reference_at"]])
+            self._note(kl_general=(found["kl"] * inputs["general_weight"]).sum())
+        if "safe_at" in inputs:
+            losses = linear_cross_entropy(hidden[inputs["safe_at"]], head, inputs["safe_ids"])
+            safe = (losses * inputs["safe_weight"]).sum()
+            self._note(safe_loss=safe)
+            loss = loss + options.safe_weight * safe
+        if not loss.isfinite():
+            raise RunError(f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower --lr or --strength")
+        return loss
+
+    def _unsafe(self, hidden: Tensor, reference: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        target = Target(inputs["unsafe_ids"], inputs["unsafe_q"])
+        strength = self.options.strength or 1.0
+        anchor = Anchor(reference, strength) if self.options.anchored else None
+        losses = linear_emd(hidden, self.head, target, self.cost, bound=self.bound, anchor=anchor)
+        if anchor is None:
+            losses = strength * losses
+        for name, values in divergences(hidden, self.head, reference, target, self.cost).items():
+            self._note(**{f"{name}_unsafe": (values * inputs["unsafe_weight"]).sum()})
+        return (losses * inputs["unsafe_weight"]).sum()
+
+    def _note(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.terms.setdefault(name, []).append(float(value.detach()))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms of the step to what Trainer logs."""
+        if "loss" in logs and self.terms:
+            tokens = sum(self.terms.pop("tokens"))
+            now = time.perf_counter()
+            logs |= {name: sum(values) / len(values) for name, values in self.terms.items()}
+            logs["tokens_per_second"] = tokens / (now - self.step_started)
+            self.step_started = now
+            self.terms = {}
+        super().log(logs, start_time)
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Writes metrics, probes for collapse on dev prompts, keeps the newest healthy adapter, and stops."""
+
+    def __init__(self, probe: Probe, model: LanguageModel, options: TrainOptions, folder: Path, report: Reporter) -> None:
+        self.probe, self.model, self.options, self.folder, self.report = probe, model, options, folder, report
+        self.best: int | None = None
+        self.collapse = ""
+        self.last: dict[str, float] = {}
+
+    def start(self, step: int) -> None:
+        """Drop metrics later than the step that training goes on from."""
+        path = self.folder / "metrics.jsonl"
+        rows = read_metrics(path)
+        if rows:
+            with atomic(path) as beside:
+                beside.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+        if step and (self.folder / "adapter").exists():
+            self.best = step
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        """Append the step's metrics to `metrics.jsonl`."""
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        self.last = {name: round(float(value), 6) for name, value in logs.items()}
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": state.global_step, **self.last}) + "\n")
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Report progress; at every probe keep the adapter if it is healthy, else stop."""
+        step, every = state.global_step, self.options.probe_every
+        if state.is_world_process_zero:
+            self.report.progress("train", step, state.max_steps)
+        if step != state.max_steps and not (every and step % every == 0):
+            return
+        if every:
+            self.collapse = self.probe.collapse(self.model)
+        if self.collapse:
+            self.report.warn(f"collapse at step {step}: {self.collapse}. The adapter of step {self.best} is kept.")
+            control.should_training_stop = True
+        elif state.is_world_process_zero:
+            with atomic_folder(self.folder / "adapter") as beside:
+                self.model.model.save_pretrained(beside)
+            self.best = step
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Rows of `metrics.jsonl`, a torn last line left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plot_metrics(metrics: Path, picture: Path) -> None:
+    """Draw the training curves as a PNG."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(metrics)
+    names = ("general_loss", "unsafe_term", "emd_unsafe", "kl_unsafe", "kl_general", "safe_loss", "grad_norm")
+    shown = [name for name in names if any(math.isfinite(row.get(name, math.nan)) for row in rows)]
+    figure = Figure(figsize=(10, 2.2 * math.ceil(len(shown) / 2)), layout="constrained")
+    for index, name in enumerate(shown, 1):
+        axes = figure.add_subplot(math.ceil(len(shown) / 2), 2, index)
+        axes.plot([row["step"] for row in rows], [row.get(name, math.nan) for row in rows])
+        axes.set_title(name.replace("_", " "), fontsize=9)
+        axes.set_xlabel("step", fontsize=8)
+    with atomic(picture) as beside:
+        figure.savefig(beside, format="png", dpi=110)
