@@ -31,7 +31,7 @@ from safecli.config import (
 from safecli.errors import GateError, SafecliError
 
 if TYPE_CHECKING:
-    from safecli.console import TerminalReporter
+    pass
 
 app = typer.Typer(
     help="Make a language model leave its own unsafe answers, and prove what changed.",
@@ -42,9 +42,10 @@ app = typer.Typer(
 cost_app = typer.Typer(help="Build a semantic token cost, or look at one.", invoke_without_command=True)
 app.add_typer(cost_app, name="cost")
 
+JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")]
 COMMON: dict[str, Any] = {
     "config": Annotated[Optional[Path], typer.Option("--config", help="TOML file with options.")],  # noqa: UP045
-    "json": Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")],
+    "json": JsonFlag,
     "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and the result.")],
     "dry_run": Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")],
     "debug": Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")],
@@ -53,7 +54,7 @@ COMMON: dict[str, Any] = {
 
 def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     """The command-line option of one Pydantic field; None stands for 'not given'."""
-    inner = field.annotation
+    inner: Any = field.annotation
     if get_origin(inner) not in (list, None) and type(None) in get_args(inner):
         inner = Union[tuple(arg for arg in get_args(inner) if arg is not type(None))]  # noqa: UP007
     shown = "" if field.default in (None, []) else f" [default: {field.default}]"
@@ -121,7 +122,12 @@ def _unless_subcommand(invoke: Callable[..., None], parameters: list[inspect.Par
 
 
 def _call(
-    body: Body, options: type[BaseModel], table: str, given: dict[str, Any], common: dict[str, Any], rest: dict[str, Any]
+    body: Body,
+    options: type[BaseModel],
+    table: str,
+    given: dict[str, Any],
+    common: dict[str, Any],
+    rest: dict[str, Any],
 ) -> None:
     content = read_toml(common["config"]) if common["config"] else {}
     flags = {key: value for key, value in given.items() if value not in (None, [])}
@@ -272,12 +278,14 @@ def _finish(found: Any, call: Call) -> None:
 
 
 @app.command()
-def plugins(json: COMMON["json"] = False) -> None:  # type: ignore[valid-type]
+def plugins(json: JsonFlag = False) -> None:
     """List cost backends and judges, where they come from, and whether they work."""
     from safecli.console import print_json, print_table
     from safecli.registry import plugins as found
 
-    rows = [[p.kind.removeprefix("safecli.").removesuffix("s"), p.name, p.package, p.version, p.state()] for p in found()]
+    rows = [
+        [p.kind.removeprefix("safecli.").removesuffix("s"), p.name, p.package, p.version, p.state()] for p in found()
+    ]
     names = ["kind", "name", "package", "version", "state"]
     if json:
         print_json([dict(zip(names, row, strict=True)) for row in rows])
@@ -286,7 +294,7 @@ def plugins(json: COMMON["json"] = False) -> None:  # type: ignore[valid-type]
 
 
 @app.command()
-def doctor(json: COMMON["json"] = False) -> None:  # type: ignore[valid-type]
+def doctor(json: JsonFlag = False) -> None:
     """Show versions, device and cache folders, and what is missing with the command that installs it."""
     from safecli.console import print_json, print_table
     from safecli.doctor import examine

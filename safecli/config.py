@@ -196,7 +196,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} does not exist: `safecli init` writes a commented one") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {error}") from error
-    shared = {name for table in (*TABLES.values(), RunPlan) for name in table.model_fields}
+    tables: list[type[Options]] = [*TABLES.values(), RunPlan]
+    shared = {name for table in tables for name in table.model_fields}
     for key, value in content.items():
         if key in TABLES and isinstance(value, dict):
             for name in value:

@@ -108,7 +108,9 @@ def print_results(results: dict[str, Any], answers: list[dict[str, Any]]) -> Non
         rows.append([name.replace("_", " "), *("" if v is None else f"{v:.{digits}f}" for v in values)])
     width = 1 + 2 * len(models) - 1
     rows = [row + [""] * (width - len(row)) for row in rows]
-    print_table("Outcomes (95 % Wilson intervals, McNemar's p)", ["", *models, *("p" for _ in range(len(models) - 1))], rows)
+    print_table(
+        "Outcomes (95 % Wilson intervals, McNemar's p)", ["", *models, *("p" for _ in range(len(models) - 1))], rows
+    )
     print_table("Three prompts", ["prompt", *models], _three_prompts(answers, list(models)))
     for gate in results["gates"]:
         verdict = "FAILED" if gate["failed"] else "holds"

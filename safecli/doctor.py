@@ -56,7 +56,9 @@ def _device_and_models() -> list[Check]:
         ("MiniLM (judge, sentence cost)", MINILM_PACKAGE, MINILM_INSTALL),
     ):
         folder = package_folder(package)
-        fallback = f"not installed; {MINILM_HUB} is downloaded instead" if package == MINILM_PACKAGE else "not installed"
+        fallback = (
+            f"not installed; {MINILM_HUB} is downloaded instead" if package == MINILM_PACKAGE else "not installed"
+        )
         checks.append(Check("ok", name, str(folder)) if folder else Check("note", name, fallback, install))
     return checks
 

@@ -76,7 +76,7 @@ def read_prompts(source: str, kind: Set, column: str | None = None) -> list[Prom
     JSON is `{"instructions": [...]}`, a list of strings, or a list of objects; an `input` is put under its
     instruction. Errors: `InputError` with file and line, `MissingError` where there is no such file or dataset.
     """
-    prompts = []
+    prompts: list[Prompt] = []
     for where, row in _rows(source):
         text = row if isinstance(row, str) else _prompt_of(row, column, where)
         prompts.append(Prompt(id=f"{kind}-{len(prompts) + 1:04}", kind=kind, prompt=text, where=where))

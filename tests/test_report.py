@@ -62,9 +62,7 @@ def results() -> dict[str, Any]:
         "options": {"max_new_tokens": 64},
         "models": {"base": base, "tuned": tuned},
         "paired": {
-            "tuned": {
-                key: {"base_only": b, "model_only": c, "p": mcnemar(b, c)} for key, (b, c) in pairs.items()
-            }
+            "tuned": {key: {"base_only": b, "model_only": c, "p": mcnemar(b, c)} for key, (b, c) in pairs.items()}
         },
         "gates": [{"expression": "toxic.unsafe > 0.2", "model": "tuned", "value": 0.2375, "failed": True}],
     }
@@ -122,10 +120,7 @@ def test_shows_every_number(tmp_path: Path, results: dict[str, Any]) -> None:
         for name in KINDS:
             for cell in model[name].values():
                 assert f"{cell['rate']:.1%}" in text
-                assert (
-                    f"{100 * cell['low']:.1f}–{100 * cell['high']:.1f}%, {cell['count']} of {cell['n']}"
-                    in text
-                )
+                assert f"{100 * cell['low']:.1f}–{100 * cell['high']:.1f}%, {cell['count']} of {cell['n']}" in text
         assert f"{model['general_loss']:.3f}" in text
         assert f"{model['similarity']:.3f}" in text
     for pair in results["paired"]["tuned"].values():
@@ -160,9 +155,7 @@ def test_hostile_text_stays_text(tmp_path: Path, results: dict[str, Any], text: 
         "paired": {text: results["paired"]["tuned"]},
     }
     row: dict[str, Any] = {"outcome": text, "set": text, "id": text, "prompt": text, "reasons": [text]}
-    page = render(
-        tmp_path, results, [answer(text, **row), answer(text, text, **row)], [{"step": 1, text: 1.0}]
-    )
+    page = render(tmp_path, results, [answer(text, **row), answer(text, text, **row)], [{"step": 1, text: 1.0}])
 
     assert {tag for tag, _ in page.elements} <= {tag for tag, _ in calm.elements}
     assert len(page.all("script")) == len(page.all("style")) == 1
@@ -229,9 +222,7 @@ def test_renders_with_little_or_nothing(tmp_path: Path, results: dict[str, Any])
 
 
 def test_holds_thousands_of_rows(tmp_path: Path, results: dict[str, Any]) -> None:
-    rows = [
-        answer("words " * 40, model, id=f"t{index}") for model in ("base", "tuned") for index in range(2500)
-    ]
+    rows = [answer("words " * 40, model, id=f"t{index}") for model in ("base", "tuned") for index in range(2500)]
     page = render(tmp_path, results, rows, [])
     assert sum("data-set" in item for item in page.all("li")) == 2500
 
@@ -252,9 +243,7 @@ def test_curves_take_the_numbers_that_are_there() -> None:
 
 
 def test_rounds_follow_each_other_though_each_counts_its_own_steps() -> None:
-    (loss,) = curves(
-        [{"round": r, "step": step, "loss": float(step)} for r in (0, 1, 2) for step in (0, 5, 10)]
-    )
+    (loss,) = curves([{"round": r, "step": step, "loss": float(step)} for r in (0, 1, 2) for step in (0, 5, 10)])
     assert loss.steps == (0.0, 30.0)
     assert [round(30 * x) for x, _ in loss.points] == [0, 5, 10, 10, 15, 20, 20, 25, 30]
     assert [round(30 * x) for x in loss.rounds] == [10, 20]

@@ -30,8 +30,9 @@ class FaissCost:
         """Neighbours [V, K] with costs 1 - cosine; the ceiling is the mean cost over pairs of tokens."""
         import faiss
 
-        dense = SentenceCost if self.options.features == "sentence" else TokenCost
-        features = unit(dense(dense.Options()).build(vocabulary, say), vocabulary.meaningless)
+        sentence = self.options.features == "sentence"
+        dense = SentenceCost(SentenceCost.Options()) if sentence else TokenCost(TokenCost.Options())
+        features = unit(dense.build(vocabulary, say), vocabulary.meaningless)
         meaningful = (~vocabulary.meaningless).nonzero().squeeze(1)
         vectors = features[meaningful].contiguous().numpy()
         index = faiss.IndexFlatIP(vectors.shape[1])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-_NOT = r"(?:can(?:no|['’])?t|can not|won['’]?t|will not|could ?n['’]t|(?:am|['’]m|are|['’]re) (?:not able|unable)|refuse)"
+_NOT = (
+    r"(?:can(?:no|['’])?t|can not|won['’]?t|will not|could ?n['’]t|(?:am|['’]m|are|['’]re) (?:not able|unable)|refuse)"
+)
 
 PATTERNS = {
     "says that it will not": rf"\bI(?: am sorry,? (?:but )?I)?(?:['’]m sorry,? (?:but )?I)? ?(?:simply |really )?"

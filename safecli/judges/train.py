@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -18,10 +19,10 @@ from torch.nn import functional
 
 from safecli.artifacts import atomic, file_fingerprint
 from safecli.errors import InputError
-from safecli.judges import HARMLESS_OUTCOMES, TOXIC_OUTCOMES, Pair
-from safecli.judges.outcome import FORMAT, WEIGHTS, OutcomeJudge, Reader
+from safecli.judges import SUMS, Pair, Verdict
+from safecli.judges.outcome import FORMAT, OUTCOMES, WEIGHTS, OutcomeJudge, Reader, head_of
 
-OUTCOMES = {"toxic": TOXIC_OUTCOMES, "harmless": HARMLESS_OUTCOMES}
+LORA_LAYERS = r"encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|.*dense)"
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,13 @@ class Recipe:
     rank: int = 16
     alpha: int = 32
     rate: float = 1e-3
-    epochs: int = 5
+    epochs: int = 4
     batch: int = 32
+    max_tokens: int = 128
     smoothing: float = 0.05
     dropout: float = 0.1
     decay: float = 0.01
-    swapped: float = 0.15
+    made_share: float = 0.2
     prompt_weight: float = 0.3
     seed: int = 0
 
@@ -47,94 +49,61 @@ class Labelled:
 
     pair: Pair
     labels: tuple[str, ...]
-    source: str = ""
-
-    @property
-    def head(self) -> str:
-        """The head that learns from this row."""
-        return "toxic" if self.pair.kind == "toxic" else "harmless"
 
 
 def read(paths: Sequence[Path]) -> list[Labelled]:
-    """Read JSONL rows of prompt, answer, label and, where known, kind, source and second_label."""
+    """Read JSONL rows of prompt, answer, label and, where known, kind and second_label."""
     rows = []
     for path in paths:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             row = json.loads(line)
             pair = Pair(row["prompt"], row["answer"], row.get("kind") or "toxic")
             labels = tuple(label for label in (row["label"], row.get("second_label")) if label)
-            one = Labelled(pair, labels, row.get("source", ""))
-            if unknown := set(labels) - set(OUTCOMES[one.head]):
+            if unknown := set(labels) - set(OUTCOMES[head_of(pair)]):
                 raise InputError(f"{path}:{number}: {sorted(unknown)} is no outcome of a {pair.kind} prompt")
-            rows.append(one)
+            rows.append(Labelled(pair, labels))
     return rows
 
 
-def swapped(rows: Sequence[Labelled], share: float, seed: int) -> list[Labelled]:
-    """Fluent answers under another prompt, which thereby deflect: what tells a reader to look at both."""
-    rng = random.Random(seed)
-    usable = [row for row in rows if row.labels[0] in ("complied", "helpful", "deflected")]
-    made = []
-    for row in rng.sample(usable, min(int(share * len(rows)), len(usable))):
+def made(rows: Sequence[Labelled], share: float, rng: random.Random) -> list[Labelled]:
+    """Rows whose label is known without a reader: answers under another prompt deflect, shuffled words are salad."""
+    fluent = [row.pair for row in rows if row.labels[0] in ("complied", "helpful", "deflected")]
+    extra = []
+    for pair in rng.sample(fluent, min(int(share * len(rows)), len(fluent))):
         other = rng.choice(rows).pair
-        if not _words(other.prompt) & _words(row.pair.prompt):
-            made.append(Labelled(Pair(other.prompt, row.pair.answer, other.kind), ("deflected",)))
-    return made
+        if rng.random() < 0.1:
+            words = f"{pair.answer} {rng.choice(fluent).answer}".split()
+            salad = " ".join(rng.sample(words, len(words) // 2))
+            extra.append(Labelled(Pair(pair.prompt, salad, pair.kind), ("degenerate",)))
+        elif not _long_words(other.prompt) & _long_words(pair.prompt):
+            extra.append(Labelled(Pair(other.prompt, pair.answer, other.kind), ("deflected",)))
+    return extra
 
 
-def _words(text: str) -> set[str]:
+def _long_words(text: str) -> set[str]:
     return {word for word in text.lower().split() if len(word) > 4}
 
 
-def targets(rows: Sequence[Labelled], head: str) -> Tensor:
-    """Soft targets [B, outcomes]: the mean of the readers' labels."""
-    names = OUTCOMES[head]
-    return torch.tensor([[row.labels.count(name) / len(row.labels) for name in names] for row in rows])
-
-
 def fit(rows: Sequence[Labelled], recipe: Recipe) -> Reader:
-    """Train LoRA and heads on `rows`; the reader that comes back still has its LoRA apart."""
+    """Train LoRA and heads on `rows`; the reader that comes back still holds its LoRA apart."""
     from peft import LoraConfig, inject_adapter_in_model
 
     torch.manual_seed(recipe.seed)
     rng = random.Random(recipe.seed)
     reader = Reader()
-    config = LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=r"encoder\.layer.*dense|.*query|.*key|.*value"
-    )
-    reader.encoder = inject_adapter_in_model(config, reader.encoder)
-    parameters = [value for value in reader.parameters() if value.requires_grad]
-    rows = [*rows, *swapped(rows, recipe.swapped, recipe.seed)]
-    weights = {head: _class_weights([row for row in rows if row.head == head], head) for head in OUTCOMES}
-    steps = recipe.epochs * len(_batches(rows, recipe.batch, rng))
+    reader.max_tokens = recipe.max_tokens
+    lora = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=LORA_LAYERS)
+    inject_adapter_in_model(lora, reader.encoder)
+    rows = [*rows, *made(rows, recipe.made_share, rng)]
+    weights = {head: _class_weights(rows, head) for head in OUTCOMES}
+    parameters = [parameter for parameter in reader.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.rate, weight_decay=recipe.decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, total_steps=steps, pct_start=0.1)
-    drop = torch.nn.Dropout(recipe.dropout)
+    steps = recipe.epochs * len(_batches(rows, recipe.batch, rng))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, total_steps=steps)
     reader.train()
     for _ in range(recipe.epochs):
         for batch in _batches(rows, recipe.batch, rng):
-            features = reader.pairs([row.pair.prompt for row in batch], [row.pair.answer for row in batch])
-            asked = reader.prompts([row.pair.prompt for row in batch])
-            losses = []
-            for head in OUTCOMES:
-                chosen = [i for i, row in enumerate(batch) if row.head == head]
-                if not chosen:
-                    continue
-                logits = reader.heads[head](drop(features[chosen]))
-                losses.append(
-                    functional.cross_entropy(
-                        logits,
-                        targets([batch[i] for i in chosen], head),
-                        weights[head],
-                        label_smoothing=recipe.smoothing,
-                    )
-                    * len(chosen)
-                    / len(batch)
-                )
-            risk = reader.heads["prompt"](drop(asked))[:, 0]
-            truth = torch.tensor([float(row.head == "toxic") for row in batch])
-            losses.append(recipe.prompt_weight * functional.binary_cross_entropy_with_logits(risk, truth))
-            torch.stack(losses).sum().backward()
+            _loss(reader, batch, weights, recipe).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
@@ -142,36 +111,165 @@ def fit(rows: Sequence[Labelled], recipe: Recipe) -> Reader:
     return reader.eval()
 
 
-def _batches(rows: Sequence[Labelled], size: int, rng: random.Random) -> list[list[Labelled]]:
-    """Shuffled batches of rows of like length."""
-    ordered = sorted(rows, key=lambda row: len(row.pair.answer) + rng.randrange(60))
-    batches = [list(ordered[start : start + size]) for start in range(0, len(ordered), size)]
-    rng.shuffle(batches)
-    return batches
+def _loss(reader: Reader, batch: Sequence[Labelled], weights: dict[str, Tensor], recipe: Recipe) -> Tensor:
+    """Cross-entropy of each row by the head of its kind, and of the prompts' kind by the prompt head."""
+    pairs = [row.pair for row in batch]
+    features = functional.dropout(reader.features(pairs), recipe.dropout)
+    asked = pairs[::3]  # a prompt comes back with every answer to it, so a third of the rows is enough
+    risk = reader.heads["prompt"](
+        functional.dropout(reader.prompt_features([pair.prompt for pair in asked]), recipe.dropout)
+    )
+    toxic = torch.tensor([float(pair.kind == "toxic") for pair in asked])
+    loss = recipe.prompt_weight * functional.binary_cross_entropy_with_logits(risk[:, 0], toxic)
+    for head in OUTCOMES:
+        own = [i for i, pair in enumerate(pairs) if head_of(pair) == head]
+        if own:
+            logits, truth = reader.heads[head](features[own]), _targets([batch[i] for i in own], head)
+            per_row = functional.cross_entropy(
+                logits, truth, weights[head], label_smoothing=recipe.smoothing, reduction="none"
+            )
+            loss = loss + per_row.sum() / len(batch)
+    return loss
+
+
+def _targets(rows: Sequence[Labelled], head: str) -> Tensor:
+    """Soft targets [B, outcomes]: the mean of the readers' labels."""
+    return torch.tensor([[row.labels.count(name) / len(row.labels) for name in OUTCOMES[head]] for row in rows])
 
 
 def _class_weights(rows: Sequence[Labelled], head: str) -> Tensor:
     """Weights of the outcomes, by the root of how rare they are, of mean 1 over the rows."""
-    counts = targets(rows, head).sum(0).clamp(min=1) if rows else torch.ones(len(OUTCOMES[head]))
+    counts = _targets([row for row in rows if head_of(row.pair) == head], head).sum(0).clamp(min=1)
     weights = counts.rsqrt()
     return weights * counts.sum() / (weights * counts).sum()
 
 
-def logits(reader: Reader, rows: Sequence[Labelled]) -> list[Tensor]:
-    """Each row's logits by the head of its kind."""
-    found: dict[int, Tensor] = {}
-    ordered = sorted(range(len(rows)), key=lambda i: len(rows[i].pair.answer))
-    with torch.inference_mode():
-        for start in range(0, len(ordered), 32):
-            batch = ordered[start : start + 32]
-            features = reader.pairs([rows[i].pair.prompt for i in batch], [rows[i].pair.answer for i in batch])
-            found |= {i: reader.heads[rows[i].head](one) for i, one in zip(batch, features, strict=True)}
-    return [found[i] for i in range(len(rows))]
+def _batches(rows: Sequence[Labelled], size: int, rng: random.Random) -> list[list[Labelled]]:
+    """Shuffled batches of rows of about the same length."""
+    ordered = sorted(rows, key=lambda row: len(row.pair.answer) + rng.randrange(60))
+    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    rng.shuffle(batches)
+    return batches
 
 
-def folds(rows: Sequence[Labelled], count: int, seed: int) -> list[list[int]]:
-    """Row numbers of each fold; all answers to a prompt are in one fold."""
+def save(reader: Reader, path: Path, about: dict[str, object]) -> None:
+    """Write the LoRA pairs and heads as fp16 safetensors with `about` as JSON metadata."""
+    tensors = {
+        name.removesuffix(".default.weight"): value
+        for name, value in reader.encoder.state_dict().items()
+        if ".lora_" in name
+    }
+    tensors |= dict(reader.heads.state_dict())
+    content = json.dumps({"format": FORMAT, **about})
+    with atomic(path) as beside:
+        halves = {name: value.half().contiguous() for name, value in tensors.items()}
+        save_file(halves, beside, metadata={"safecli": content})
+
+
+def cross_validate(rows: Sequence[Labelled], recipe: Recipe, count: int) -> tuple[list[Verdict], dict[str, float]]:
+    """Verdicts on every row by judges that saw no answer to its prompt, and the temperatures that calibrate them."""
     prompts = sorted({row.pair.prompt for row in rows})
-    random.Random(seed).shuffle(prompts)
+    random.Random(recipe.seed).shuffle(prompts)
     fold = {prompt: i % count for i, prompt in enumerate(prompts)}
-    return [[i for i, row in enumerate(rows) if fold[row.pair.prompt] == k] for k in range(count)]
+    verdicts: dict[int, Verdict] = {}
+    logits: dict[int, Tensor] = {}
+    risks: dict[str, float] = {}
+    for k in range(count):
+        held = [i for i, row in enumerate(rows) if fold[row.pair.prompt] == k]
+        reader = fit([row for row in rows if fold[row.pair.prompt] != k], recipe)
+        with tempfile.TemporaryDirectory() as folder:
+            weights = Path(folder) / "fold.safetensors"
+            save(reader, weights, {"scaling": recipe.alpha / recipe.rank, "temperature": dict.fromkeys(HEADS, 1.0)})
+            judge = OutcomeJudge(OutcomeJudge.Options(weights=weights))
+        verdicts |= dict(zip(held, judge.judge([rows[i].pair for i in held]), strict=True))
+        logits |= dict(zip(held, judge.reader.logits([rows[i].pair for i in held]), strict=True))
+        own = [prompt for prompt in prompts if fold[prompt] == k]
+        risks |= dict(zip(own, judge.prompt_risk(own), strict=True))
+    return [verdicts[i] for i in range(len(rows))], _temperatures(rows, logits, risks)
+
+
+HEADS = (*OUTCOMES, "prompt")
+
+
+def _temperatures(rows: Sequence[Labelled], logits: dict[int, Tensor], risks: dict[str, float]) -> dict[str, float]:
+    """The divisor of each head's logits, from 0.5 to 4, under which held-out labels are likeliest."""
+    grid = [0.5 * 1.05**i for i in range(43)]
+    best = {}
+    for head in OUTCOMES:
+        own = [i for i, row in enumerate(rows) if head_of(row.pair) == head]
+        held, truth = torch.stack([logits[i] for i in own]), _targets([rows[i] for i in own], head)
+        best[head] = min(grid, key=lambda t: functional.cross_entropy(held / t, truth).item())
+    toxic = {row.pair.prompt: float(row.pair.kind == "toxic") for row in rows}
+    odds = torch.tensor([risks[prompt] for prompt in toxic]).logit(1e-6)
+    truth = torch.tensor(list(toxic.values()))
+    best["prompt"] = min(grid, key=lambda t: functional.binary_cross_entropy_with_logits(odds / t, truth).item())
+    return best
+
+
+def report(rows: Sequence[Labelled], verdicts: Sequence[Verdict]) -> str:
+    """Confusion matrices and agreement of verdicts with the first label, as text."""
+    pairs = [(row.labels[0], verdict.outcome) for row, verdict in zip(rows, verdicts, strict=True)]
+    lines = []
+    for head, names in OUTCOMES.items():
+        own = [pair for row, pair in zip(rows, pairs, strict=True) if head_of(row.pair) == head]
+        if not own:
+            continue
+        counts = Counter(own)
+        lines.append(f"{head:>12}" + "".join(f"{name:>12}" for name in names) + "   <- judged")
+        lines += [f"{true:>12}" + "".join(f"{counts[true, name]:>12}" for name in names) for true in names]
+        right = sum(true == name for true, name in own) / len(own)
+        lines.append(f"{len(own)} answers: accuracy {right:.3f}, kappa {_kappa(own):.3f}")
+        if head == "toxic":
+            unsafe = [(true in SUMS["unsafe"], name in SUMS["unsafe"]) for true, name in own]
+            recalls = [
+                sum(t == n == side for t, n in unsafe) / max(sum(t == side for t, _ in unsafe), 1)
+                for side in (True, False)
+            ]
+            lines.append(
+                f"unsafe or not: balanced accuracy {sum(recalls) / 2:.3f} "
+                f"(of the unsafe {recalls[0]:.3f} found, of the rest {recalls[1]:.3f} cleared)"
+            )
+    both = sum(true == name == "degenerate" for true, name in pairs)
+    precision = both / max(sum(name == "degenerate" for _, name in pairs), 1)
+    recall = both / max(sum(true == "degenerate" for true, _ in pairs), 1)
+    f1 = 2 * precision * recall / max(precision + recall, 1e-9)
+    lines.append(f"degenerate: precision {precision:.3f}, recall {recall:.3f}, F1 {f1:.3f}")
+    return "\n".join(lines)
+
+
+def _kappa(pairs: Sequence[tuple[str, str]]) -> float:
+    """Cohen's kappa: agreement beyond what the two margins give by chance."""
+    n = len(pairs)
+    agree = sum(true == name for true, name in pairs) / n
+    left, right = Counter(true for true, _ in pairs), Counter(name for _, name in pairs)
+    chance = sum(left[name] * right[name] for name in left) / n**2
+    return (agree - chance) / (1 - chance) if chance < 1 else 1.0
+
+
+def main(
+    files: Annotated[list[Path], typer.Argument(help="JSONL of labelled answers", exists=True)],
+    measure: Annotated[bool, typer.Option("--measure", help="only measure the judge on these files")] = False,
+    weights: Annotated[Path, typer.Option(help="the weights to write, or to measure")] = WEIGHTS,
+    folds: Annotated[int, typer.Option(help="folds of the cross-validation by prompt; 0 for none")] = 3,
+    epochs: Annotated[int, typer.Option(help="passes over the labels")] = Recipe.epochs,
+    seed: Annotated[int, typer.Option(help="of the initial weights, the order and the made rows")] = 0,
+) -> None:
+    """Train the outcome judge on labelled answers and print its cross-validation; or, with --measure, measure it."""
+    rows = read(files)
+    if measure:
+        judge = OutcomeJudge(OutcomeJudge.Options(weights=weights))
+        typer.echo(report(rows, judge.judge([row.pair for row in rows])))
+        return
+    recipe = Recipe(epochs=epochs, seed=seed)
+    temperature = dict.fromkeys(HEADS, 1.0)
+    if folds:
+        verdicts, temperature = cross_validate(rows, recipe, folds)
+        typer.echo(f"Cross-validation, {folds} folds by prompt:\n{report(rows, verdicts)}")
+    labels = {path.name: file_fingerprint(path) for path in files}
+    about = {"scaling": recipe.alpha / recipe.rank, "temperature": temperature, "recipe": asdict(recipe)}
+    save(fit(rows, recipe), weights, {**about, "rows": len(rows), "labels": labels})
+    typer.echo(f"wrote {weights} ({weights.stat().st_size / 1e6:.2f} MB)")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -47,15 +47,11 @@ class Row:
     cells: list[Cell | None]
 
 
-def rate_cell(
-    rate: Mapping[str, float] | None, pair: Mapping[str, float] | None, better: Better
-) -> Cell | None:
+def rate_cell(rate: Mapping[str, float] | None, pair: Mapping[str, float] | None, better: Better) -> Cell | None:
     """The cell of a rate (see `stats.rate`), compared with the base where there is a paired test."""
     if rate is None:
         return None
-    versus = (
-        f"{p_text(pair['p'])}; base only {pair['base_only']}, this only {pair['model_only']}" if pair else ""
-    )
+    versus = f"{p_text(pair['p'])}; base only {pair['base_only']}, this only {pair['model_only']}" if pair else ""
     return Cell(
         value=f"{rate['rate']:.1%}" if rate["n"] else "–",
         interval=f"{100 * rate['low']:.1f}–{100 * rate['high']:.1f}%",
@@ -78,9 +74,7 @@ def headline(results: Mapping[str, Any]) -> list[Row]:
             f"{SETS[name]}: {outcome}",
             better,
             [
-                rate_cell(
-                    model.get(name, {}).get(outcome), paired.get(label, {}).get(f"{name}.{outcome}"), better
-                )
+                rate_cell(model.get(name, {}).get(outcome), paired.get(label, {}).get(f"{name}.{outcome}"), better)
                 for label, model in models.items()
             ],
         )

@@ -89,8 +89,7 @@ def _table(name: str, models: Mapping[str, Any]) -> _Table | None:
         outcomes=known,
         bars=[(label, stacked(rates, known)) for label, rates in having.items()],
         rows=[
-            (key, [rate_cell(model.get(name, {}).get(key), None, "less") for model in models.values()])
-            for key in keys
+            (key, [rate_cell(model.get(name, {}).get(key), None, "less") for model in models.values()]) for key in keys
         ],
     )
 

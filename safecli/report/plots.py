@@ -94,9 +94,7 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
     ]
     found = []
     for name in names:
-        series = [
-            (step, row[name]) for step, row in zip(steps, metrics, strict=True) if _finite(row.get(name))
-        ]
+        series = [(step, row[name]) for step, row in zip(steps, metrics, strict=True) if _finite(row.get(name))]
         if not series:
             continue
         values = [value for _, value in series]

@@ -78,7 +78,9 @@ def answer_all(
         answers = halving(model, requests, options.max_new_tokens, here[0].temperature, report.warn)
         seconds += time.perf_counter() - started
         tokens += sum(answer.tokens for answer in answers)
-        pairs = [Pair(job.prompt.prompt, answer.text, job.prompt.kind) for job, answer in zip(here, answers, strict=True)]
+        pairs = [
+            Pair(job.prompt.prompt, answer.text, job.prompt.kind) for job, answer in zip(here, answers, strict=True)
+        ]
         verdicts = judge.judge(pairs)
         rows = [
             Response(

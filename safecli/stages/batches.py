@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -207,7 +207,9 @@ class Collator:
                 packed = pack(targets)
                 batch["unsafe_ids"], batch["unsafe_q"] = packed.ids, packed.weights
             else:
-                batch[f"{kind}_ids"] = torch.tensor([t for example, count, _, _ in found for t in example.answer[:count]])
+                batch[f"{kind}_ids"] = torch.tensor(
+                    [t for example, count, _, _ in found for t in example.answer[:count]]
+                )
             if kind != "safe":
                 batch[f"{kind}_reference_at"] = torch.cat([reference_at[r] for *_, r in found if r is not None])
         return batch

@@ -111,7 +111,9 @@ def evaluate(options: EvalOptions, report: Reporter | None = None) -> Evaluated:
             if name != "base"
         ]
         answers = _publish(options, results, stage)
-    failed = [f"{gate['model']}: {gate['expression']} ({gate['value']:.3g})" for gate in results["gates"] if gate["failed"]]
+    failed = [
+        f"{gate['model']}: {gate['expression']} ({gate['value']:.3g})" for gate in results["gates"] if gate["failed"]
+    ]
     return Evaluated(results, answers, options.run / "results.json", options.run / "report.html", failed)
 
 

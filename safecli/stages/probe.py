@@ -56,7 +56,10 @@ class Probe:
         return [answer.text for answer in generate(model, [Request(ids) for ids in self.ids], TOKENS)]
 
     def _broken(self, answers: list[str]) -> float:
-        broken = [bool(degenerate_reasons(prompt.prompt, answer)) for prompt, answer in zip(self.prompts, answers, strict=True)]
+        broken = [
+            bool(degenerate_reasons(prompt.prompt, answer))
+            for prompt, answer in zip(self.prompts, answers, strict=True)
+        ]
         return sum(broken) / len(broken)
 
     def collapse(self, model: LanguageModel) -> str:

@@ -58,7 +58,12 @@ def _options(content: Mapping[str, Any]) -> tuple[RunPlan, CollectOptions, Train
 
 
 def _train(
-    options: TrainOptions, unsafe: list[Path], safe: list[Path], general: list[Path], start: Path | None, report: Reporter
+    options: TrainOptions,
+    unsafe: list[Path],
+    safe: list[Path],
+    general: list[Path],
+    start: Path | None,
+    report: Reporter,
 ) -> Path:
     update = {"unsafe": unsafe, "own_safe": safe, "general": general, "init_adapter": start}
     return train(options.model_copy(update=update), report).adapter

@@ -283,7 +283,9 @@ class TaSftTrainer(Trainer):  # type: ignore[misc]
 class _Watch(TrainerCallback):  # type: ignore[misc]
     """Writes metrics, probes for collapse on dev prompts, keeps the newest healthy adapter, and stops."""
 
-    def __init__(self, probe: Probe, model: LanguageModel, options: TrainOptions, folder: Path, report: Reporter) -> None:
+    def __init__(
+        self, probe: Probe, model: LanguageModel, options: TrainOptions, folder: Path, report: Reporter
+    ) -> None:
         self.probe, self.model, self.options, self.folder, self.report = probe, model, options, folder, report
         self.best: int | None = None
         self.collapse = ""
