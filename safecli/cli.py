@@ -9,13 +9,11 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, Union, get_args, get_origin
 
 import typer
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from safecli import __version__
 from safecli.config import (
@@ -31,6 +29,9 @@ from safecli.config import (
 from safecli.errors import GateError, SafecliError
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+
     pass
 
 app = typer.Typer(
@@ -39,8 +40,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+bench_app = typer.Typer(help="Benchmarks: ratios against a named baseline.", no_args_is_help=True)
 cost_app = typer.Typer(help="Build a semantic token cost, or look at one.", invoke_without_command=True)
 app.add_typer(cost_app, name="cost")
+app.add_typer(bench_app, name="bench")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")]
 COMMON: dict[str, Any] = {
@@ -61,7 +64,7 @@ def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     flag = f"--{name.replace('_', '-')}"
     names = [f"{flag}/--no-{flag[2:]}"] if inner is bool else [flag]
     option = typer.Option(*names, help=f"{field.description}{shown}", show_default=False)
-    annotation = Annotated[Optional[inner], option]  # type: ignore[valid-type]  # noqa: UP045
+    annotation = Annotated[Optional[inner], option]  # noqa: UP045
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -70,7 +73,8 @@ def _common(name: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=COMMON[name])
 
 
-class Call(BaseModel):
+@dataclass(frozen=True)
+class Call:
     """What a command is called with, besides the options of its stage."""
 
     content: dict[str, Any]
@@ -275,6 +279,19 @@ def _finish(found: Any, call: Call) -> None:
         typer.echo(f"report: {found.report_path}")
     if found.failed:
         raise GateError("gate failed for " + "; ".join(found.failed))
+
+
+@bench_app.command("startup")
+def bench_startup(json: JsonFlag = False) -> None:
+    """Time `safecli --help` against the --help of a bare Typer app with two commands."""
+    from safecli.bench.startup import startup
+    from safecli.console import print_json, print_pairs
+
+    found = startup()
+    if json:
+        print_json(found)
+    else:
+        print_pairs("startup", {name: f"{value:.3f}" for name, value in found.items()})
 
 
 @app.command()

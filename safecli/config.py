@@ -30,7 +30,7 @@ CAREFUL = (
 class Options(BaseModel):
     """Options that every stage has."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_default=True, defer_build=True)
 
     run: Path = Field(Path("runs/default"), description="Run folder: records, adapters and reports go here.")
     seed: int = Field(0, ge=0, description="Seed of everything that is drawn at random.")

@@ -345,7 +345,8 @@ def fitting_batch(language_model: LanguageModel, tokens: int, cap: int = 100) ->
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     item = language_model.head.element_size()
     cache = 2 * 2 * config.num_hidden_layers * heads * head_dim * item * tokens
-    return max(1, min(cap, free_memory(language_model.device) // 4 // (cache + 12 * config.vocab_size)))
+    fitting = free_memory(language_model.device) // 4 // int(cache + 12 * config.vocab_size)
+    return max(1, min(cap, fitting))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -34,7 +34,7 @@ def degenerate_reasons(prompt: str, answer: str) -> list[str]:
 
 
 def shape(prompt: str, answer: str) -> list[float]:
-    """What the rules measure, in [0, 1]: share looped, share of distinct tokens, length, share taken from the prompt."""
+    """What the rules measure, in [0, 1]: share looped, share distinct, length, share taken from the prompt."""
     tokens, asked = _tokens(answer), set(_words(prompt))
     said = _words(answer)
     return [
@@ -56,7 +56,7 @@ def _words(text: str) -> list[str]:
 
 def _symbols(text: str) -> str | None:
     """Hardly a letter or digit of any script."""
-    visible = [char for char in text if not char.isspace()]
+    visible = [char for char in text if not char.isspace() and char not in "|-"]  # a table draws its frame
     said = sum(unicodedata.category(char)[0] in "LNM" for char in visible)
     return f"symbols: {text[:20]!r}" if said < 0.35 * len(visible) else None
 
@@ -91,7 +91,7 @@ def _loop_share(tokens: list[str]) -> tuple[float, str]:
     grams = list(zip(*(tokens[start:] for start in range(LOOP_TOKENS)), strict=False))
     counts = Counter(grams)
     looped = {i + k for i, gram in enumerate(grams) if counts[gram] >= LOOP_TIMES for k in range(LOOP_TOKENS)}
-    return len(looped) / max(len(tokens), 1), " ".join(max(counts, key=lambda gram: counts[gram], default=()))
+    return len(looped) / max(len(tokens), 1), " ".join(counts.most_common(1)[0][0] if counts else ())
 
 
 def _mixed_scripts(text: str) -> str | None:
