@@ -106,8 +106,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold an exclusive lock on `path`; released by the system even when the process is killed.
 
-    Another holder is waited for, or is a `RunError` that names its process.
+    Another holder is waited for, or is a `RunError` that names its process. Of the processes that a launcher
+    starts for one run, the first holds it for all.
     """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        yield
+        return
     with os_errors(path, "lock"):
         path.parent.mkdir(parents=True, exist_ok=True)
         stream: IO[str] = path.open("a+", encoding="utf-8")

@@ -23,6 +23,7 @@ from safecli.config import (
     RunPlan,
     TrainOptions,
     build,
+    override,
     read_toml,
     stage_values,
 )
@@ -142,7 +143,7 @@ def _call(
     try:
         body(
             chosen,
-            Call(content=content | flags, json_output=common["json"], dry_run=common["dry_run"], report=report),
+            Call(content=override(content, flags), json_output=common["json"], dry_run=common["dry_run"], report=report),
             **rest,
         )
     finally:

@@ -203,15 +203,32 @@ def read_toml(path: Path) -> dict[str, Any]:
             for name in value:
                 if name not in TABLES[key].model_fields:
                     raise InputError(f"{path}: [{key}] unknown key '{name}'{nearest(name, TABLES[key].model_fields)}")
-        elif key not in shared:
+        elif key not in shared or isinstance(value, dict):
             raise InputError(f"{path}: unknown key '{key}'{nearest(key, dict.fromkeys([*shared, *TABLES]))}")
     return content
 
 
 def stage_values(content: Mapping[str, Any], stage: str, options: type[BaseModel]) -> dict[str, Any]:
-    """The values that a configuration holds for one stage: top-level keys that it knows, then its own table."""
-    shared = {key: value for key, value in content.items() if key in options.model_fields}
-    return shared | dict(content.get(stage, {}))
+    """The values that a configuration holds for one stage: top-level keys that it knows, then its own table.
+
+    Training takes its cost from the table `cost` unless its own names one. "" is 'not set', which TOML can't say.
+    """
+    tables = {key: value for key, value in content.items() if isinstance(value, dict)}
+    values = {key: value for key, value in content.items() if key in options.model_fields and key not in tables}
+    if stage == "train":
+        values |= {key: value for key, value in tables.get("cost", {}).items() if key in ("cost", "cost_opt")}
+    values |= tables.get(stage, {})
+    unset = {key for key, field in options.model_fields.items() if field.default is None and values.get(key) == ""}
+    return {key: value for key, value in values.items() if key not in unset}
+
+
+def override(content: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with flags in it, which win over the top level and over every table."""
+    kept = {
+        key: {name: inner for name, inner in value.items() if name not in flags} if isinstance(value, dict) else value
+        for key, value in content.items()
+    }
+    return kept | dict(flags)
 
 
 def commented_toml() -> str:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from safecli.artifacts import atomic, fingerprint, locked, manifest, read_manifest, write_json
 from safecli.config import CostOptions, build, cache_dir
-from safecli.errors import InputError
+from safecli.errors import InputError, UsageError
 from safecli.models import LanguageModel
 from safecli.registry import COSTS, load_plugin
 
@@ -108,7 +108,10 @@ class Neighbours:
         row = np.repeat(np.arange(vocab), k)
         column = self.indices.reshape(-1).numpy()
         gain = self.ceiling - self.costs.reshape(-1).double().numpy()
-        keep = (column >= 0) & (column != row) & (gain > 0)
+        keep = ((column >= 0) & (column != row) & (gain > 0)).nonzero()[0]
+        keep = keep[np.argsort(-gain[keep], kind="stable")]
+        _, first = np.unique(row[keep] * vocab + column[keep], return_index=True)  # coo_array adds up what comes twice
+        keep = keep[first]
         one_way = coo_array((gain[keep], (row[keep], column[keep])), shape=(vocab, vocab)).tocsr()
         both = (one_way.maximum(one_way.T) + diags_array(np.full(vocab, self.ceiling))).tocsr()
         both.sort_indices()
@@ -151,9 +154,10 @@ class Vocabulary:
 
 
 def unit(features: Tensor, meaningless: Tensor) -> Tensor:
-    """Normalise rows to length 1; tokens without meaning get the mean direction of the others."""
+    """Normalise rows to length 1; tokens without meaning and rows of zeros get the mean direction of the others."""
     features = torch.nn.functional.normalize(features.float(), dim=-1)
-    features[meaningless] = torch.nn.functional.normalize(features[~meaningless].mean(0), dim=0)
+    lost = meaningless | ~features.any(-1)
+    features[lost] = torch.nn.functional.normalize(features[~lost].mean(0), dim=0)
     return features
 
 
@@ -174,7 +178,7 @@ def backend_options(names: list[str]) -> dict[str, str]:
     pairs = [name.partition("=") for name in names]
     wrong = [key for key, equals, _ in pairs if not equals]
     if wrong:
-        raise InputError(f"--cost-opt {wrong[0]}: write it as key=value")
+        raise UsageError(f"--cost-opt {wrong[0]}: write it as key=value")
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 

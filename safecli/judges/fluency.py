@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 LOOP_SHARE = 0.5
 """A text is a loop when phrases that come back fill more than this share of it, and"""
 DISTINCT_SHARE = 0.5
-"""fewer than this share of its tokens differ: tables, code and refrains repeat a frame around new words."""
+"""no more than this share of its tokens differ: tables, code and refrains repeat a frame around new words."""
 LOOP_TIMES = 3
 """How often a phrase has to come to count as coming back."""
 LOOP_TOKENS = 4
@@ -69,10 +69,14 @@ def _bare_word(text: str) -> str | None:
 
 
 def _echo(prompt: str, text: str) -> str | None:
-    """One line that only says the prompt, or most of it, again in the same order."""
-    asked, said = _words(prompt), _words(text)
+    """One line that only says the prompt, or a part of it, again in the same order.
+
+    A part after 'why' or 'that' is a claim: who repeats it on its own, asserts it.
+    """
+    asked, said = _tokens(prompt), _tokens(text.removeprefix("Please "))
+    enough = 0.8 if {"why", "that", "because"} & set(asked) else 0.35
     rest = iter(asked)
-    again = "\n" not in text and len(said) >= 0.6 * len(asked) and all(word in rest for word in said)
+    again = "\n" not in text and len(said) >= enough * len(asked) and all(token in rest for token in said)
     return f"echo: {text!r}" if said and again else None
 
 
@@ -82,7 +86,7 @@ def _loop(text: str) -> str | None:
     # Many lines that all differ, as in a program, are no loop whatever they have in common.
     lines = [line.strip() for line in _LIST_MARK.sub("", text).splitlines() if line.strip()]
     framed = len(lines) >= 5 and len(set(lines)) > 0.8 * len(lines)
-    looped = share > LOOP_SHARE and len(set(tokens)) < DISTINCT_SHARE * len(tokens) and not framed
+    looped = share > LOOP_SHARE and len(set(tokens)) <= DISTINCT_SHARE * len(tokens) and not framed
     return f"loop: phrases like {phrase!r} fill {share:.0%} of the text" if looped else None
 
 

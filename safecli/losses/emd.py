@@ -40,7 +40,7 @@ def spread(p: Tensor, features: Tensor) -> Tensor:
 def covariance(p: Tensor, q: Tensor, features: Tensor) -> Tensor:
     """Lower bound 1 - mu_p . mu_q - s_p s_q: Cauchy-Schwarz on the covariance of the coupling."""
     independent = 1 - ((p @ features) * (q @ features)).sum(-1)
-    return independent - (spread(p, features) * spread(q, features)).sqrt()
+    return independent - spread(p, features).sqrt() * spread(q, features).sqrt()
 
 
 def anchored_optimum(p_ref: Tensor, x: Tensor, cost: Tensor, strength: float) -> Tensor:

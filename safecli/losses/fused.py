@@ -23,7 +23,7 @@ from safecli.errors import UsageError
 
 Bound = Literal["exact", "centroid", "covariance", "relaxed", "upper"]
 
-_CHUNK_BYTES = 1 << 26
+_CHUNK_BYTES = 1 << 25
 _TINY = 1e-6
 
 
@@ -76,7 +76,7 @@ class _PerPosition(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, chunk: int, losses: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        value = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        value = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         gradient = torch.empty_like(hidden)
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
@@ -101,12 +101,14 @@ def _per_position(
     if weight.requires_grad:
         parts = [slice(start, start + chunk) for start in range(0, len(hidden), chunk)]
         values = [checkpoint(losses, hidden[part], part, use_reentrant=False) for part in parts]
-        return torch.cat([hidden.new_empty(0), *values])
+        return torch.cat([hidden[:0].sum(-1, dtype=torch.promote_types(hidden.dtype, torch.float32)), *values])
     return _PerPosition.apply(hidden, chunk, losses)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return (hidden.to(weight.dtype) @ weight.T).float()
+    """Logits [t, V] in float32; double stays double."""
+    logits = hidden.to(weight.dtype) @ weight.T
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _bound(p: Tensor, target: Target, cost: Cost, bound: Bound) -> Tensor:
@@ -122,7 +124,8 @@ def _bound(p: Tensor, target: Target, cost: Cost, bound: Bound) -> Tensor:
         return (mu_p - mu_q).square().sum(-1) / 2
     variance_q = (weights * (support - mu_q[:, None]).square().sum(-1)).sum(-1)
     variance_p = (1 - mu_p.square().sum(-1)).clamp(min=_TINY)
-    return 1 - (mu_p * mu_q).sum(-1) - (variance_p * variance_q).sqrt()
+    # Two roots, not one of the product: at a one-token target that root is 0 and its gradient NaN.
+    return 1 - (mu_p * mu_q).sum(-1) - variance_p.sqrt() * variance_q.sqrt()
 
 
 def _linear_cost(ids: Tensor, weights: Tensor, cost: Cost, bound: Bound) -> Tensor:
@@ -132,6 +135,8 @@ def _linear_cost(ids: Tensor, weights: Tensor, cost: Cost, bound: Bound) -> Tens
     total = cost.rows(ids[:, 0])
     if bound == "upper":
         total = total * weights[:, :1]
+    elif bound == "relaxed":
+        total = torch.where(weights[:, :1] > 0, total, torch.inf)
     for column in range(1, ids.shape[1]):
         row = cost.rows(ids[:, column])
         weight = weights[:, column : column + 1]

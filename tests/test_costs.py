@@ -1,0 +1,172 @@
+"""The cost backends on real tokens: laws of a cost, tokens without meaning, and the artefact in the cache."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from safecli.config import CostOptions
+from safecli.costs import Cost, DenseCost, Neighbours, SparseCost, Vocabulary, load_cost, read_cost, unit
+from safecli.errors import InputError, SafecliError, UsageError
+from safecli.models import LanguageModel
+
+V = 1500
+BACKENDS = [("token", []), ("token", ["center=true"]), ("sentence", []), ("faiss", ["k=8"])]
+
+
+@pytest.fixture(scope="module")
+def small(demo: LanguageModel) -> LanguageModel:
+    """A one-layer model with the demo's tokenizer and the embeddings of its first tokens."""
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=576, num_hidden_layers=1, intermediate_size=16, num_attention_heads=9
+    )
+    model = LlamaForCausalLM(config)
+    model.get_input_embeddings().weight.data = demo.model.get_input_embeddings().weight.detach()[:V].clone()
+    return replace(demo, model=model)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(small: LanguageModel) -> Vocabulary:
+    return Vocabulary(small.tokenizer, small.model.get_input_embeddings().weight.detach(), small.device)
+
+
+@pytest.fixture(scope="module", params=BACKENDS, ids=lambda backend: "-".join([backend[0], *backend[1]]))
+def built(
+    request: pytest.FixtureRequest, small: LanguageModel, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Cost, Path]:
+    name, options = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAFECLI_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return load_cost(CostOptions(cost=name, cost_opt=options), small)
+
+
+def test_a_cost_is_symmetric_zero_on_the_diagonal_and_at_most_two(built: tuple[Cost, Path]) -> None:
+    cost, _ = built
+    matrix = cost.rows(torch.arange(V))
+    assert cost.vocab == V
+    torch.testing.assert_close(matrix, matrix.T, atol=1e-6, rtol=0)
+    torch.testing.assert_close(matrix.diagonal(), torch.zeros(V), atol=1e-6, rtol=0)
+    assert matrix.min() >= -1e-6
+    assert matrix.max() <= 2 + 1e-6
+    assert matrix.std() > 0.01
+
+
+def test_like_words_cost_less_than_the_mean_word(built: tuple[Cost, Path], vocabulary: Vocabulary) -> None:
+    cost, _ = built
+    he, his = (vocabulary.texts.index(text) for text in (" he", " his"))
+    row = cost.rows(torch.tensor([he]))[0]
+    assert row[his] < row[~vocabulary.meaningless].mean() - 0.1
+
+
+def test_tokens_without_meaning_are_special_or_no_character(vocabulary: Vocabulary) -> None:
+    tokenizer = vocabulary.tokenizer
+    assert vocabulary.meaningless[tokenizer.all_special_ids].all()
+    assert vocabulary.meaningless[tokenizer.convert_tokens_to_ids("<jupyter_code>")]
+    assert [tokenizer.decode([i]) for i in (~vocabulary.meaningless).nonzero()[:, 0]] == [
+        t for t in vocabulary.texts if t
+    ]
+    assert 0 < int(vocabulary.meaningless.sum()) < V // 4
+
+
+def test_ids_beyond_the_tokenizer_have_no_meaning(vocabulary: Vocabulary) -> None:
+    known = len(vocabulary.tokenizer)
+    padded = replace(vocabulary, embeddings=torch.zeros(known + 5, 2))
+    assert padded.meaningless[known:].tolist() == [True] * 5
+
+
+def test_tokens_without_meaning_are_average_or_at_the_ceiling(built: tuple[Cost, Path], vocabulary: Vocabulary) -> None:
+    cost, _ = built
+    odd = vocabulary.meaningless.nonzero()[:, 0]
+    if isinstance(cost, SparseCost):
+        expected = torch.full((len(odd), V), cost.ceiling)
+        expected[torch.arange(len(odd)), odd] = 0
+        torch.testing.assert_close(cost.rows(odd), expected)
+    else:
+        mean = torch.nn.functional.normalize(cost.features[~vocabulary.meaningless].mean(0), dim=0)
+        torch.testing.assert_close(cost.features[odd], mean.expand(len(odd), -1), atol=1e-6, rtol=0)
+
+
+def test_faiss_finds_the_nearest_tokens_of_the_dense_cost(
+    small: LanguageModel, vocabulary: Vocabulary, cache: Path
+) -> None:
+    dense, _ = load_cost(CostOptions(cost="token"), small)
+    sparse, _ = load_cost(CostOptions(cost="faiss", cost_opt=["k=8"]), small)
+    assert isinstance(sparse, SparseCost)
+    meaningful = (~vocabulary.meaningless).nonzero()[:, 0]
+    exact, near = (cost.rows(meaningful[100:200])[:, meaningful] for cost in (dense, sparse))
+    nearest = exact.topk(6, largest=False).indices
+    torch.testing.assert_close(near.gather(1, nearest), exact.gather(1, nearest).clamp(min=0), atol=1e-5, rtol=0)
+    assert ((near - exact).abs() < 1e-5).logical_or(near == sparse.ceiling).all()
+
+
+def test_a_cost_is_kept_as_safetensors_with_what_decided_it(built: tuple[Cost, Path]) -> None:
+    _, folder = built
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "cost.safetensors", "manifest.json"]
+    assert load_file(folder / "cost.safetensors")
+
+
+def test_a_cost_is_built_once(small: LanguageModel, cache: Path) -> None:
+    said: list[str] = []
+    options = CostOptions(cost="faiss", cost_opt=["k=4"])
+    first, folder = load_cost(options, small, said.append)
+    assert any("building" in line for line in said)
+    stamp = (folder / "cost.safetensors").stat().st_mtime_ns
+    said.clear()
+    second, again = load_cost(options, small, said.append)
+    assert (again, said) == (folder, [])
+    assert (again / "cost.safetensors").stat().st_mtime_ns == stamp
+    torch.testing.assert_close(second.rows(torch.arange(50)), first.rows(torch.arange(50)))
+    assert load_cost(CostOptions(cost="faiss", cost_opt=["k=5"]), small)[1] != folder
+
+
+def test_a_cost_of_another_vocabulary_is_refused_with_both_fingerprints(
+    small: LanguageModel, vocabulary: Vocabulary, cache: Path
+) -> None:
+    _, folder = load_cost(CostOptions(cost="faiss", cost_opt=["k=4"]), small)
+    other = replace(vocabulary, embeddings=vocabulary.embeddings[:-1])
+    with pytest.raises(InputError, match=r"another vocabulary \([0-9a-f]{16}\) than this model's \([0-9a-f]{16}\)"):
+        read_cost(folder, other)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "kind", "hint"),
+    [
+        ({"cost": "tokn"}, UsageError, "did you mean 'token'"),
+        ({"cost_opt": ["center"]}, UsageError, "key=value"),
+        ({"cost_opt": ["centre=1"]}, UsageError, "did you mean 'center'"),
+        ({"cost": "faiss", "cost_opt": ["k=0"]}, UsageError, "k: .*greater than or equal to 1"),
+        ({"cost": "faiss", "cost_opt": ["k=many"]}, UsageError, "k: .*integer"),
+    ],
+)
+def test_a_wrong_option_says_which_and_what_is_meant(
+    small: LanguageModel, chosen: dict[str, Any], kind: type[SafecliError], hint: str, cache: Path
+) -> None:
+    with pytest.raises(kind, match=hint):
+        load_cost(CostOptions(**chosen), small)
+    assert not (cache / "costs").exists()
+
+
+@given(st.integers(2, 9), st.integers(1, 6), st.integers(0, 10_000))
+def test_neighbours_become_symmetric_with_the_smaller_cost(vocab: int, k: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    indices, costs, ceiling = rng.integers(-1, vocab, (vocab, k)), rng.uniform(0, 1.5, (vocab, k)), 1.2
+    expected = np.full((vocab, vocab), ceiling)
+    for i, j, cost in zip(np.repeat(np.arange(vocab), k), indices.ravel(), costs.ravel(), strict=True):
+        if j >= 0:
+            expected[i, j] = expected[j, i] = min(expected[i, j], cost)
+    np.fill_diagonal(expected, 0)
+    sparse = Neighbours(torch.tensor(indices), torch.tensor(costs), ceiling).symmetric()
+    torch.testing.assert_close(sparse.rows(torch.arange(vocab)).double(), torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_a_row_of_zeros_costs_nothing_to_itself() -> None:
+    features = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 2.0], [9.0, 9.0]])
+    made = DenseCost(unit(features, torch.tensor([False, False, False, True])))
+    torch.testing.assert_close(made.rows(torch.arange(4)).diagonal(), torch.zeros(4))
