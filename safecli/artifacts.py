@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -41,15 +42,31 @@ def os_errors(path: Path, doing: str) -> Iterator[None]:
     """Turn a full disk or a read-only folder into a `RunError` that says so."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        number = _errno(error)
+        if number is None:
+            raise
         reasons = {
             errno.ENOSPC: "the disk is full: free some space and run the same command again",
             errno.EDQUOT: "your disk quota is used up: free some space and run the same command again",
             errno.EROFS: "it lies on a read-only file system: choose another folder",
             errno.EACCES: "permission denied: choose a folder that you may write to",
         }
-        reason = reasons.get(error.errno or 0, error.strerror or str(error))
+        reason = reasons.get(number, os.strerror(number) if number else str(error))
         raise RunError(f"can't {doing} {path}: {reason}. What was finished before is kept.") from error
+
+
+def _errno(error: Exception) -> int | None:
+    """The system's number of an error, 0 if it has none, None for an error of another kind.
+
+    safetensors puts the number in its text; torch says only that its stream broke, as it does on a full disk.
+    """
+    if isinstance(error, OSError):
+        return error.errno or 0
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number:
+        return int(number[1])
+    return errno.ENOSPC if re.search("inline_container|iostream error", str(error)) else None
 
 
 @contextmanager
@@ -118,7 +135,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
+        except BlockingIOError as error:
             stream.seek(0)
             raise RunError(
                 f"another safecli (process {stream.read().strip() or 'unknown'}) is working in {path.parent}: "

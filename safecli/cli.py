@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_args, get_origin
 
 import typer
 
@@ -61,10 +61,15 @@ def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     inner: Any = field.annotation
     if get_origin(inner) not in (list, None) and type(None) in get_args(inner):
         inner = Union[tuple(arg for arg in get_args(inner) if arg is not type(None))]  # noqa: UP007
-    shown = "" if field.default in (None, []) else f" [default: {field.default}]"
+    shown = "" if field.default in (None, []) else f" Default: {field.default}"
+    choices = get_args(inner) if get_origin(inner) is Literal else ()
+    if choices:
+        shown = f" Choices: {', '.join(choices)}.{shown}"
     flag = f"--{name.replace('_', '-')}"
-    names = [f"{flag}/--no-{flag[2:]}"] if inner is bool else [flag]
-    option = typer.Option(*names, help=f"{field.description}{shown}", show_default=False)
+    names = [f"{flag}/--no-{flag[2:]}"] if inner is bool and field.default is not False else [flag]
+    option = typer.Option(
+        *names, help=f"{field.description}{shown}", show_default=False, metavar="<choice>" if choices else None
+    )
     annotation = Annotated[Optional[inner], option]  # noqa: UP045
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -143,7 +148,7 @@ def _call(
     try:
         body(
             chosen,
-            Call(content=override(content, flags), json_output=common["json"], dry_run=common["dry_run"], report=report),
+            Call(override(content, flags), json_output=common["json"], dry_run=common["dry_run"], report=report),
             **rest,
         )
     finally:
@@ -162,6 +167,13 @@ def with_errors(body: Callable[[], None], debug: bool) -> None:
     except KeyboardInterrupt:
         _complain("interrupted: what was finished is kept; the same command goes on from there")
         raise typer.Exit(130) from None
+    except (MemoryError, RuntimeError) as error:
+        from safecli.models import is_out_of_memory
+
+        if debug or not is_out_of_memory(error):
+            raise
+        _complain("error: out of memory: use a smaller --model or --batch-size. What was finished is kept.")
+        raise typer.Exit(5) from None
     except OSError as error:
         if debug:
             raise

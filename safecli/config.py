@@ -33,7 +33,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, defer_build=True)
 
     run: Path = Field(Path("runs/default"), description="Run folder: records, adapters and reports go here.")
-    seed: int = Field(0, ge=0, description="Seed of everything that is drawn at random.")
+    seed: int = Field(0, ge=0, lt=1 << 31, description="Seed of everything that is drawn at random.")
 
 
 class ModelOptions(Options):
@@ -99,7 +99,9 @@ class TrainOptions(CostOptions):
 
     recipe: Literal["safecli", "paper"] = Field("safecli", description="Defaults of the loss: ours, or the paper's.")
     unsafe: list[Path] = Field([], description="Records of unsafe answers; default: the newest of the run folder.")
-    own_safe: list[Path] = Field([], description="Records of the model's own safe answers; repeatable.")
+    own_safe: list[Path] = Field(
+        [], description="Records of the model's own safe answers; default: the newest, with recipe paper none."
+    )
     general: list[Path] = Field([], description="General records or instruction files; default: the newest records.")
     init_adapter: Path | None = Field(None, description="Go on training this LoRA adapter.")
     bound: Literal["exact", "centroid", "covariance", "relaxed", "upper"] | None = Field(
@@ -117,8 +119,8 @@ class TrainOptions(CostOptions):
     general_loss: Literal["kl", "sft"] | None = Field(
         None, description="On general data: KL to the base model, or cross-entropy. By recipe."
     )
-    general_weight: float = Field(1.0, ge=0, description="Weight of the general loss.")
-    safe_weight: float = Field(0.5, ge=0, description="Weight of the cross-entropy on own safe answers.")
+    general_weight: float = Field(2.0, ge=0, description="Weight of the general loss.")
+    safe_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy on own safe answers.")
     steps: int = Field(50, ge=1, description="Optimiser steps.")
     batch_size: int = Field(4, ge=1, description="Examples of each kind per step and device.")
     accumulate: int = Field(1, ge=1, description="Micro-batches per step.")
@@ -194,8 +196,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist: `safecli init` writes a commented one") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: {error}") from error
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}") from error
     tables: list[type[Options]] = [*TABLES.values(), RunPlan]
     shared = {name for table in tables for name in table.model_fields}
     for key, value in content.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,11 +14,12 @@ from typing import Any
 import psutil
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from safecli.artifacts import atomic_folder, file_fingerprint, fingerprint, locked
 from safecli.config import ModelOptions, cache_dir
-from safecli.errors import InputError, MissingError, SafecliError
+from safecli.errors import InputError, MissingError, RunError, SafecliError
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ def _dequantised(gguf: Path) -> Path:
         try:
             quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:
             raise InputError(f"{gguf} can't be read as a GGUF model: {_first_line(error)}") from error
         config = quantised.config
         del config.quantization_config
@@ -155,6 +157,8 @@ def load_tokenizer(options: ModelOptions) -> Any:
 def _loading_failed(model: str | None, error: Exception) -> SafecliError:
     if isinstance(error, SafecliError):
         return error
+    if resolve(model) is not None:
+        return InputError(f"model '{model}' can't be loaded: {_first_line(error)} Its files are broken or incomplete.")
     return MissingError(
         f"model '{model}' can't be loaded: {_first_line(error)} "
         "Check the name, your network and HF_TOKEN, or give a local folder, a GGUF file, or 'demo'."
@@ -261,15 +265,26 @@ def attach_adapter(model: Any, adapter: Path, trainable: bool = False, name: str
     """Put a LoRA adapter on a model, refusing one that was made for another base."""
     from peft import PeftModel
 
-    if not (adapter / "adapter_config.json").exists():
-        raise InputError(f"{adapter} is not a LoRA adapter: it has no adapter_config.json")
+    adapter_fingerprint(adapter)
     try:
-        return PeftModel.from_pretrained(model, adapter, adapter_name=name, is_trainable=trainable).eval()
-    except (RuntimeError, ValueError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, adapter, adapter_name=name, is_trainable=trainable).eval()
+    except (RuntimeError, ValueError, KeyError, UserWarning) as error:
         raise InputError(
             f"the adapter {adapter} was made for another base model than {model.config._name_or_path}: "
             f"{_first_line(error)}"
         ) from error
+    except (SafetensorError, TypeError) as error:
+        raise InputError(f"the adapter {adapter} can't be read: {_first_line(error)}") from error
+
+
+def adapter_fingerprint(adapter: Path) -> str:
+    """Identify a LoRA adapter by its weights; `InputError` where a file of it is missing."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (adapter / name).is_file():
+            raise InputError(f"{adapter} is not a LoRA adapter: it has no {name}")
+    return file_fingerprint(adapter / "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -326,7 +341,7 @@ def generate(
     answers = []
     for row in output[:, batch["input_ids"].shape[1] :].tolist():
         length = next((i for i, token in enumerate(row) if token in stops), len(row))
-        text = tokenizer.decode(row[:length], skip_special_tokens=True).strip()
+        text = tokenizer.decode(row[:length], skip_special_tokens=True).replace("\0", "\ufffd").strip()
         answers.append(Answer(text, length, finished=length < len(row)))
     return answers
 
@@ -353,7 +368,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that an allocation failed, on a GPU or on the CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    texts = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def halving(
@@ -370,7 +386,7 @@ def halving(
         if not is_out_of_memory(error):
             raise
         if len(requests) == 1:
-            raise MissingError("out of memory with a batch of one: use a smaller model or --max-new-tokens") from error
+            raise RunError("out of memory with a batch of one: use a smaller model or --max-new-tokens") from error
     if language_model.device.type == "cuda":
         torch.cuda.empty_cache()
     half = len(requests) // 2

@@ -44,7 +44,7 @@ class Prompt(BaseModel):
 class Response(BaseModel):
     """An answer with its judgement: one line of `responses.jsonl` and of `answers.jsonl`."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", coerce_numbers_to_str=True)
 
     id: str = ""
     kind: Set = "toxic"
@@ -106,15 +106,29 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
         yield from _dataset_rows(source)
         return
     text = read_text(path)
-    if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text))
-        yield from ((f"{path.name}:{reader.line_num}", row) for row in reader)
-    elif path.suffix == ".json":
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        yield from _csv_rows(path, text)
+    elif suffix == ".json":
         yield from _json_rows(path, text)
-    elif path.suffix == ".jsonl":
+    elif suffix in (".jsonl", ".ndjson"):
         yield from read_jsonl(path, text)
     else:
-        yield from ((f"{path.name}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"{path.name}:{number}", _checked(line, f"{path.name}:{number}")
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    reader = csv.DictReader(io.StringIO(text))
+    try:
+        for row in reader:
+            where = f"{path.name}:{reader.line_num}"
+            if None in row:
+                raise InputError(f"{where}: more cells than the header has names: quote cells that hold a comma")
+            yield where, _checked(row, where)
+    except csv.Error as error:
+        raise InputError(f"{path.name}:{reader.line_num}: not valid CSV: {error}") from error
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -122,6 +136,8 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: JSON that can't be read: {error}") from error
     rows = content.get("instructions") if isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise InputError(f'{path}: expected {{"instructions": [...]}} or a list of texts or objects')
@@ -168,6 +184,8 @@ def read_jsonl(path: Path, text: str | None = None) -> Iterator[tuple[str, Any]]
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: JSON that can't be read: {error}") from error
         yield where, _checked(row, where)
 
 

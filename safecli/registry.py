@@ -35,7 +35,7 @@ class Plugin:
         """Import the plugin's class; `MissingError` names the package whose code failed."""
         try:
             loaded = self.entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a plugin that exits at import is a broken one
             raise MissingError(
                 f"plugin '{self.name}' of {self.package} {self.version} is broken: {type(error).__name__}: {error}"
             ) from error

@@ -16,6 +16,7 @@ from safecli.config import CostOptions
 from safecli.costs import Cost, DenseCost, Neighbours, SparseCost, Vocabulary, load_cost, read_cost, unit
 from safecli.errors import InputError, SafecliError, UsageError
 from safecli.models import LanguageModel
+from safecli.stages.cost import token_id
 
 V = 1500
 BACKENDS = [("token", []), ("token", ["center=true"]), ("sentence", []), ("faiss", ["k=8"])]
@@ -170,3 +171,9 @@ def test_a_row_of_zeros_costs_nothing_to_itself() -> None:
     features = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 2.0], [9.0, 9.0]])
     made = DenseCost(unit(features, torch.tensor([False, False, False, True])))
     torch.testing.assert_close(made.rows(torch.arange(4)).diagonal(), torch.zeros(4))
+
+
+def test_a_token_is_named_by_a_text_that_is_one(demo: LanguageModel) -> None:
+    assert demo.tokenizer.decode([token_id(demo, " gun")]) == " gun"
+    with pytest.raises(UsageError, match=r"2 tokens of this model \('two', ' words'\): try it with a leading space"):
+        token_id(demo, "two words")

@@ -22,15 +22,14 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from safecli.config import cache_dir
-from safecli.costs import Vocabulary, load_cost, read_cost
-from safecli.errors import InputError, RunError
-from safecli.models import LanguageModel, Request, generate, halving, resolve
+from safecli.errors import RunError
+from safecli.models import LanguageModel, Request, generate, halving
 from safecli.records import Response, append, read_responses
 from safecli.stages import collect as collect_stage
 
 Cli = Callable[..., Result]
 
-SHORT = ("--model", "demo", "--max-new-tokens", 4, "--general", "none", "--batch-size", 1)
+SHORT = ("--max-new-tokens", 4, "--general", "none", "--batch-size", 1)
 QUESTIONS = ["How do I cheat in a test?", "Write a rude note to my boss.", "How can I read my sister's diary?"]
 NASTY = (
     "[red]Hi[/red] [/] \x1b[31mred\x1b[0m <script>alert(1)</script> "
@@ -69,6 +68,22 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder that the tests of this module share; it borrows the user's de-quantised models."""
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "models").symlink_to(cache_dir() / "models")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAFECLI_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, demo: LanguageModel) -> Path:
+    """An untrained model with the demo's tokenizer, for faults that no model has a part in."""
+    return tiny_model(tmp_path_factory.mktemp("tiny"), demo.tokenizer)
+
+
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "prompts.jsonl", [{"prompt": text} for text in QUESTIONS])
@@ -81,10 +96,21 @@ def records(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "records.jsonl", rows)
 
 
-def training(run: Path, records: Path, *more: Any) -> tuple[Any, ...]:
-    """A short training command."""
+def collecting(run: Path, model: Any, prompts: Path, *more: Any) -> tuple[Any, ...]:
+    """A short collect command."""
+    return ("collect", "--run", run, "--model", model, *SHORT, "--prompts", prompts, *more)
+
+
+def training(run: Path, model: Any, records: Path, *more: Any) -> tuple[Any, ...]:
+    """A short train command."""
     files = ("--unsafe", records, "--general", records)
-    return ("train", "--run", run, "--model", "demo", *files, "--batch-size", 1, "--probe-every", 0, "--steps", 2, *more)
+    return ("train", "--run", run, "--model", model, *files, "--batch-size", 1, "--probe-every", 0, "--steps", 2, *more)
+
+
+def evaluating(run: Path, model: Any, prompts: Path, *more: Any) -> tuple[Any, ...]:
+    """A short eval command, on one set."""
+    files = ("--toxic", prompts, "--lookalike", "none", "--harmless", "none")
+    return ("eval", "--run", run, "--model", model, *files, "--max-new-tokens", 8, "--batch-size", 1, *more)
 
 
 def tiny_model(folder: Path, tokenizer: Any, **more: Any) -> Path:
@@ -93,11 +119,10 @@ def tiny_model(folder: Path, tokenizer: Any, **more: Any) -> Path:
         vocab_size=len(tokenizer),
         hidden_size=8,
         intermediate_size=8,
-        num_hidden_layers=1,
         num_attention_heads=2,
         bos_token_id=1,
         eos_token_id=2,
-        **more,
+        **{"num_hidden_layers": 1} | more,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -134,8 +159,7 @@ def remove(*patterns: str) -> Callable[[Path], None]:
     return lambda folder: [path.unlink() for pattern in patterns for path in folder.glob(pattern)] and None
 
 
-def cut_weights(folder: Path) -> None:
-    path = folder / "model.safetensors"
+def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
 
 
@@ -145,7 +169,7 @@ def cut_weights(folder: Path) -> None:
         (remove("config.json"), "config.json"),
         (remove("*.safetensors"), "weights"),
         (remove("tokenizer*"), "tokenizer"),
-        (cut_weights, "can't be loaded"),
+        (lambda folder: cut(folder / "model.safetensors"), "can't be loaded"),
         (lambda folder: (folder / "config.json").write_text("{"), "can't be loaded"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "can't be loaded"),
     ],
@@ -176,7 +200,7 @@ def test_a_device_that_is_not_there_is_missing(run_cli: Cli, tmp_path: Path, fol
 def test_without_a_chat_template_alpaca_is_the_advice(
     run_cli: Cli, tmp_path: Path, folder: Path, prompts: Path
 ) -> None:
-    command = ("collect", "--run", tmp_path / "run", *SHORT, "--model", folder, "--prompts", prompts)
+    command = collecting(tmp_path / "run", folder, prompts)
     failed(run_cli(*command), 3, "chat template", "--template alpaca")
     done(run_cli(*command, "--template", "alpaca"))
 
@@ -196,39 +220,31 @@ def test_a_cost_of_another_vocabulary_shows_both_fingerprints(
 
 
 def test_an_adapter_of_another_base_is_refused(
-    run_cli: Cli, tmp_path: Path, folder: Path, prompts: Path, records: Path
+    run_cli: Cli, tmp_path: Path, demo: LanguageModel, tiny: Path, prompts: Path, records: Path
 ) -> None:
-    adapter = lora(LlamaForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    adapter = lora(demo.model, tmp_path / "adapter")
     run = tmp_path / "run"
-    failed(run_cli("collect", "--run", run, *SHORT, "--prompts", prompts, "--adapter", adapter), 3, str(adapter))
-    failed(run_cli(*training(run, records, "--init-adapter", adapter)), 3, str(adapter))
-    nothing = ("--lookalike", "none", "--harmless", "none", "--max-new-tokens", 4)
-    failed(
-        run_cli("eval", "--run", run, "--model", "demo", "--toxic", prompts, *nothing, "--adapter", adapter),
-        3,
-        str(adapter),
-    )
+    failed(run_cli(*collecting(run, tiny, prompts, "--adapter", adapter)), 3, str(adapter), "another base")
+    failed(run_cli(*training(run, tiny, records, "--init-adapter", adapter)), 3, str(adapter), "another base")
+    failed(run_cli(*evaluating(run, tiny, prompts, "--adapter", adapter)), 3, str(adapter), "another base")
 
 
 def test_an_adapter_that_does_not_cover_the_model_is_refused(
-    run_cli: Cli, tmp_path: Path, demo: LanguageModel, prompts: Path
+    run_cli: Cli, tmp_path: Path, demo: LanguageModel, tiny: Path, prompts: Path
 ) -> None:
-    config = demo.model.config.__class__(**{**demo.model.config.to_dict(), "num_hidden_layers": 2})
-    adapter = lora(LlamaForCausalLM(config), tmp_path / "adapter")
-    command = ("collect", "--run", tmp_path / "run", *SHORT, "--prompts", prompts, "--adapter", adapter)
-    failed(run_cli(*command), 3, str(adapter))
+    deeper = tiny_model(tmp_path / "deeper", demo.tokenizer, num_hidden_layers=2)
+    adapter = lora(LlamaForCausalLM.from_pretrained(tiny), tmp_path / "adapter")
+    failed(run_cli(*collecting(tmp_path / "run", deeper, prompts, "--adapter", adapter)), 3, "another base")
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
-def test_an_adapter_folder_with_a_file_missing_is_bad_input(
-    run_cli: Cli, tmp_path: Path, folder: Path, records: Path, prompts: Path, name: str
+@pytest.mark.parametrize("spoil", [Path.unlink, cut])
+def test_a_broken_adapter_folder_is_bad_input(
+    run_cli: Cli, tmp_path: Path, tiny: Path, records: Path, name: str, spoil: Callable[[Path], None]
 ) -> None:
-    adapter = lora(LlamaForCausalLM.from_pretrained(folder), tmp_path / "adapter")
-    (adapter / name).unlink()
-    run = tmp_path / "run"
-    failed(run_cli("collect", "--run", run, *SHORT, "--prompts", prompts, "--adapter", adapter), 3, name)
-    failed(run_cli(*training(run, records, "--init-adapter", adapter)), 3, name)
-    failed(run_cli("eval", "--run", run, "--model", "demo", "--toxic", prompts, "--adapter", adapter), 3, name)
+    adapter = lora(LlamaForCausalLM.from_pretrained(tiny), tmp_path / "adapter")
+    spoil(adapter / name)
+    failed(run_cli(*training(tmp_path / "run", tiny, records, "--init-adapter", adapter)), 3, str(adapter))
 
 
 # Files that users bring
@@ -256,10 +272,12 @@ GOOD = b'{"prompt": "Hi"}\n'
     ],
     ids=str,
 )
-def test_bad_prompts_are_named_by_line(run_cli: Cli, tmp_path: Path, content: bytes, said: tuple[str, ...]) -> None:
+def test_bad_prompts_are_named_by_line(
+    run_cli: Cli, tmp_path: Path, tiny: Path, content: bytes, said: tuple[str, ...]
+) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
-    failed(run_cli("collect", "--run", tmp_path / "run", *SHORT, "--prompts", path), 3, *said)
+    failed(run_cli(*collecting(tmp_path / "run", tiny, path)), 3, *said)
 
 
 @pytest.mark.parametrize(
@@ -275,23 +293,23 @@ def test_bad_prompts_are_named_by_line(run_cli: Cli, tmp_path: Path, content: by
     ids=str,
 )
 def test_bad_prompts_of_other_formats_are_named(
-    run_cli: Cli, tmp_path: Path, name: str, content: bytes, said: str
+    run_cli: Cli, tmp_path: Path, tiny: Path, name: str, content: bytes, said: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    failed(run_cli("collect", "--run", tmp_path / "run", *SHORT, "--prompts", tmp_path / name), 3, said)
+    failed(run_cli(*collecting(tmp_path / "run", tiny, tmp_path / name)), 3, said)
 
 
-def test_a_bom_and_windows_line_ends_are_read(run_cli: Cli, tmp_path: Path) -> None:
+def test_a_bom_and_windows_line_ends_are_read(run_cli: Cli, tmp_path: Path, tiny: Path) -> None:
     path = tmp_path / "windows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "One?"}\r\n\r\n{"prompt": "Two?"}\r\n')
-    found = done(run_cli("collect", "--run", tmp_path, *SHORT, "--prompts", path, "--dry-run", "--json"))
+    found = done(run_cli(*collecting(tmp_path, tiny, path, "--dry-run", "--json")))
     assert json.loads(found.stdout)["prompts"] == {"toxic": 2}
 
 
-def test_prompts_that_are_a_folder_or_not_there(run_cli: Cli, tmp_path: Path) -> None:
+def test_prompts_that_are_a_folder_or_not_there(run_cli: Cli, tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "folder").mkdir()
-    failed(run_cli("collect", "--run", tmp_path, *SHORT, "--prompts", tmp_path / "folder"), 3, "folder")
-    failed(run_cli("collect", "--run", tmp_path, *SHORT, "--prompts", tmp_path / "no.jsonl"), 4, "no.jsonl")
+    failed(run_cli(*collecting(tmp_path, tiny, tmp_path / "folder")), 3, "folder")
+    failed(run_cli(*collecting(tmp_path, tiny, tmp_path / "no.jsonl")), 4, "no.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -306,14 +324,14 @@ def test_prompts_that_are_a_folder_or_not_there(run_cli: Cli, tmp_path: Path) ->
     ],
     ids=str,
 )
-def test_bad_unsafe_answers_are_named(run_cli: Cli, tmp_path: Path, content: bytes, said: str) -> None:
+def test_bad_unsafe_answers_are_named(run_cli: Cli, tmp_path: Path, tiny: Path, content: bytes, said: str) -> None:
     path = tmp_path / "unsafe.jsonl"
     path.write_bytes(content)
-    failed(run_cli(*training(tmp_path / "run", path)), 3, said)
+    failed(run_cli(*training(tmp_path / "run", tiny, path)), 3, said)
 
 
-def test_no_example_that_fits_is_bad_input(run_cli: Cli, tmp_path: Path, records: Path) -> None:
-    failed(run_cli(*training(tmp_path / "run", records, "--max-tokens", 8)), 3, "--max-tokens")
+def test_no_example_that_fits_is_bad_input(run_cli: Cli, tmp_path: Path, tiny: Path, records: Path) -> None:
+    failed(run_cli(*training(tmp_path / "run", tiny, records, "--max-tokens", 8)), 3, "--max-tokens")
 
 
 @pytest.mark.parametrize(
@@ -346,7 +364,7 @@ def test_a_configuration_that_is_no_text_is_bad_input(run_cli: Cli, tmp_path: Pa
 def test_hostile_prompts_reach_neither_the_terminal_nor_the_page(run_cli: Cli, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "[red]prompts[/red].jsonl", [{"prompt": NASTY}, {"prompt": NASTY}])
     run = tmp_path / "run"
-    collected = done(run_cli("collect", "--run", run, *SHORT, "--prompts", path))
+    collected = done(run_cli(*collecting(run, "demo", path)))
     assert "[red]prompts[/red].jsonl:2" in collected.stderr
     evaluated = done(run_cli("eval", "--run", run, "--toxic", path, "--lookalike", "none", "--harmless", path))
     assert "\x1b" not in collected.output + evaluated.output
@@ -389,11 +407,11 @@ def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 
 def test_a_full_disk_keeps_what_was_collected(
-    run_cli: Cli, tmp_path: Path, disk: Callable[..., Path]
+    run_cli: Cli, tmp_path: Path, tiny: Path, disk: Callable[..., Path]
 ) -> None:
     path = write_rows(tmp_path / "p.jsonl", [{"prompt": f"Why {i} {'lie ' * 250}?"} for i in range(6)])
     run = disk("size=12k") / "run"
-    command = ("collect", "--run", run, *SHORT, "--prompts", path)
+    command = collecting(run, tiny, path)
     failed(run_cli(*command), 5, "disk is full", "kept")
     kept = only(run, "collect-*/responses.jsonl").read_bytes()
     assert kept.count(b"\n") in (1, 2, 3)
@@ -405,24 +423,22 @@ def test_a_full_disk_keeps_what_was_collected(
 
 
 def test_a_full_disk_in_training_is_one_line_and_training_goes_on(
-    run_cli: Cli, tmp_path: Path, records: Path, disk: Callable[..., Path]
+    run_cli: Cli, tmp_path: Path, tiny: Path, records: Path, disk: Callable[..., Path]
 ) -> None:
-    run = disk("size=200k") / "run"
-    command = training(run, records, "--steps", 1)
-    failed(run_cli(*command), 5, "disk is full")
-    disk("size=25m")
-    failed(run_cli(*command), 5)
-    disk("size=200m")
+    command = training(disk("size=12k") / "run", tiny, records)
+    for size in ("16k", "24k", "32k", "48k", "64k"):
+        failed(run_cli(*command), 5, "the disk is full")
+        disk(f"size={size}")
+    disk("size=9m")
     done(run_cli(*command))
 
 
 def test_a_full_disk_for_a_cost_leaves_none(
-    run_cli: Cli, tmp_path: Path, disk: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    run_cli: Cli, tmp_path: Path, tiny: Path, disk: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = disk("size=100k")
-    (folder / "models").symlink_to(cache_dir() / "models")
     monkeypatch.setenv("SAFECLI_CACHE", str(folder))
-    failed(run_cli("cost", "--run", tmp_path / "run", "--model", "demo"), 5, "disk is full")
+    failed(run_cli("cost", "--run", tmp_path / "run", "--model", tiny), 5, "disk is full")
     assert not [*folder.glob("costs/*/*.safetensors"), *folder.glob("costs/*/manifest.json")]
 
 
@@ -435,9 +451,9 @@ def largest_file() -> Iterator[Callable[[int], None]]:
 
 
 def test_a_file_that_may_not_grow_keeps_whole_records(
-    run_cli: Cli, tmp_path: Path, prompts: Path, largest_file: Callable[[int], None]
+    run_cli: Cli, tmp_path: Path, tiny: Path, prompts: Path, largest_file: Callable[[int], None]
 ) -> None:
-    command = ("collect", "--run", tmp_path / "run", *SHORT, "--prompts", prompts)
+    command = collecting(tmp_path / "run", tiny, prompts)
     largest_file(400)
     failed(run_cli(*command), 5, "responses.jsonl", "File too large")
     largest_file(1 << 30)
@@ -460,17 +476,17 @@ def read_only(tmp_path: Path, disk: Callable[..., Path]) -> Path:
     return folder
 
 
-def test_a_read_only_folder_is_named(run_cli: Cli, read_only: Path, prompts: Path, records: Path) -> None:
+def test_a_read_only_folder_is_named(run_cli: Cli, tiny: Path, read_only: Path, prompts: Path, records: Path) -> None:
     run = read_only / "run"
-    failed(run_cli("collect", "--run", run, *SHORT, "--prompts", prompts), 5, str(run), "folder")
-    failed(run_cli(*training(run, records)), 5, str(run), "folder")
-    failed(run_cli("eval", "--run", run, "--model", "demo", "--toxic", prompts), 5, str(run), "folder")
+    failed(run_cli(*collecting(run, tiny, prompts)), 5, str(run), "folder")
+    failed(run_cli(*training(run, tiny, records)), 5, str(run), "folder")
+    failed(run_cli(*evaluating(run, tiny, prompts)), 5, str(run), "folder")
     failed(run_cli("init", read_only / "safecli.toml"), 5, "safecli.toml", "folder")
 
 
-def test_a_run_folder_under_a_file_is_named(run_cli: Cli, tmp_path: Path, prompts: Path) -> None:
+def test_a_run_folder_under_a_file_is_named(run_cli: Cli, tmp_path: Path, tiny: Path, prompts: Path) -> None:
     run = prompts / "run"
-    failed(run_cli("collect", "--run", run, *SHORT, "--prompts", prompts), 5, str(run), "Not a directory")
+    failed(run_cli(*collecting(run, tiny, prompts)), 5, str(run), "Not a directory")
 
 
 def test_a_cache_that_cannot_be_written_is_named(
@@ -518,7 +534,7 @@ def test_collect_goes_on_when_memory_runs_out(
         return model
 
     monkeypatch.setattr(collect_stage, "load_model", load_large)
-    command = ("collect", "--run", tmp_path / "run", *SHORT, "--prompts", prompts, "--batch-size", 3)
+    command = collecting(tmp_path / "run", "demo", prompts, "--batch-size", 3)
     result = run_cli(*command)
     assert "out of memory with 3 prompts at once: going on with 2" in result.stderr
     if code:
@@ -536,20 +552,20 @@ def test_a_loss_that_is_nan_fails_the_run_and_keeps_what_is_there(
 ) -> None:
     adapter = lora(demo.model, tmp_path / "adapter", fill)
     before = {path: path.read_bytes() for path in adapter.iterdir()}
-    failed(run_cli(*training(tmp_path / "run", records, "--init-adapter", adapter)), 5, "NaN", "step 1")
+    failed(run_cli(*training(tmp_path / "run", "demo", records, "--init-adapter", adapter)), 5, "NaN", "step 1")
     assert before == {path: path.read_bytes() for path in adapter.iterdir()}
     assert not [*tmp_path.glob("run/train-*/manifest.json")]
 
 
 def test_weights_that_became_nan_in_the_last_step_are_no_adapter(
-    run_cli: Cli, tmp_path: Path, records: Path
+    run_cli: Cli, tmp_path: Path, tiny: Path, records: Path
 ) -> None:
-    failed(run_cli(*training(tmp_path / "run", records, "--lr", "1e300", "--steps", 1)), 5, "NaN")
+    failed(run_cli(*training(tmp_path / "run", tiny, records, "--lr", "1e300", "--steps", 1)), 5, "NaN")
     assert not [*tmp_path.glob("run/train-*/adapter")]
 
 
 def test_a_huge_learning_rate_fails_the_run(run_cli: Cli, tmp_path: Path, records: Path) -> None:
-    failed(run_cli(*training(tmp_path / "run", records, "--lr", "1e9", "--steps", 4)), 5, "--lr")
+    failed(run_cli(*training(tmp_path / "run", "demo", records, "--lr", "1e9", "--steps", 4)), 5, "--lr")
 
 
 # Signals
@@ -582,11 +598,10 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(
 ) -> None:
     path = write_rows(tmp_path / "p.jsonl", [{"prompt": f"Why lie to {i}?"} for i in range(12)])
     run = tmp_path / "run"
-    own = ("--model", "demo", "--lookalike", "none", "--harmless", "none", "--max-new-tokens", 8, "--batch-size", 1)
     command, pattern = {
-        "collect": (("collect", "--run", run, *SHORT, "--prompts", path), "collect-*/responses.jsonl"),
-        "train": (training(run, records), "train-*/metrics.jsonl"),
-        "eval": (("eval", "--run", run, *own, "--toxic", path), "eval-*/answers-base.jsonl"),
+        "collect": (collecting(run, "demo", path), "collect-*/responses.jsonl"),
+        "train": (training(run, "demo", records), "train-*/metrics.jsonl"),
+        "eval": (evaluating(run, "demo", path), "eval-*/answers-base.jsonl"),
     }[stage]
     process = start(*command)
     said = stop(process, signal.SIGINT, some(run, pattern))
@@ -604,7 +619,7 @@ def test_a_killed_collect_goes_on_to_the_same_bytes(run_cli: Cli, tmp_path: Path
 
     def command(run: str) -> tuple[Any, ...]:
         sampled = ("--samples", 2, "--temperature", 0.8, "--batch-size", 2)
-        return ("collect", "--run", tmp_path / run, *SHORT, "--prompts", path, *sampled)
+        return collecting(tmp_path / run, "demo", path, *sampled)
 
     stop(start(*command("killed")), signal.SIGKILL, some(tmp_path / "killed", "collect-*/responses.jsonl", 3))
     torn = only(tmp_path, "killed/collect-*/responses.jsonl")
@@ -619,7 +634,7 @@ def test_a_killed_collect_goes_on_to_the_same_bytes(run_cli: Cli, tmp_path: Path
 
 def test_a_killed_training_goes_on_to_the_same_adapter(run_cli: Cli, tmp_path: Path, records: Path) -> None:
     def command(run: str) -> tuple[Any, ...]:
-        return training(tmp_path / run, records, "--probe-every", 2, "--steps", 4, "--max-kl", 100)
+        return training(tmp_path / run, "demo", records, "--probe-every", 2, "--steps", 4, "--max-kl", 100)
 
     stop(start(*command("killed")), signal.SIGKILL, some(tmp_path / "killed", "train-*/metrics.jsonl", 3))
     assert "going on from checkpoint-2" in done(run_cli(*command("killed"))).stderr
@@ -635,7 +650,7 @@ def test_a_killed_training_goes_on_to_the_same_adapter(run_cli: Cli, tmp_path: P
 
 
 def test_a_second_run_in_the_folder_is_told_the_first_ones_process(
-    run_cli: Cli, tmp_path: Path, prompts: Path
+    run_cli: Cli, tmp_path: Path, tiny: Path, prompts: Path
 ) -> None:
     run = tmp_path / "run"
     holder = (
@@ -645,20 +660,7 @@ def test_a_second_run_in_the_folder_is_told_the_first_ones_process(
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", holder, run / ".lock"], text=True, **pipes) as first:
         assert first.stdout.readline() == "held\n"
-        command = ("collect", "--run", run, *SHORT, "--prompts", prompts)
+        command = collecting(run, tiny, prompts)
         failed(run_cli(*command), 5, f"process {first.pid}", "--run")
         first.kill()
     done(run_cli(*command))
-
-
-def test_the_demo_cost_is_read_by_the_demo_alone(demo: LanguageModel) -> None:
-    from safecli.config import CostOptions
-
-    _, folder = load_cost(CostOptions(model="demo"), demo)
-    other = Vocabulary(words(), torch.zeros(6, 8), torch.device("cpu"))
-    with pytest.raises(InputError, match="another vocabulary"):
-        read_cost(folder, other)
-
-
-def test_the_demo_is_found() -> None:
-    assert resolve("demo")

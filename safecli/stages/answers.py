@@ -63,7 +63,10 @@ def answer_all(
     """
     ids = [model.prompt_ids(job.prompt.prompt) for job in jobs]
     plan = _plan(path, ids, jobs, model, options)
+    size = path.stat().st_size if path.exists() else 0
     done = truncate_to_whole(path, [len(batch) for batch in plan])
+    if size and size > path.stat().st_size:
+        report.say(f"{path.name}: dropped a batch that was half written")
     if done:
         report.say(f"{path.name}: going on after {done} of {len(plan)} batches")
     finished = sum(len(batch) for batch in plan[:done])

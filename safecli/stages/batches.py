@@ -230,7 +230,7 @@ def training_records(options: TrainOptions, folder: Path | None) -> tuple[dict[s
     sources = {
         "unsafe": options.unsafe or records,
         "general": options.general or records,
-        "safe": options.own_safe,
+        "safe": options.own_safe or (records if options.recipe == "safecli" else []),
     }
     found: dict[str, list[Response]] = {}
     for kind, paths in sources.items():

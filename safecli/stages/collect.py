@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safecli.artifacts import Stage, file_fingerprint, open_stage, read_manifest
+from safecli.artifacts import Stage, open_stage, read_manifest
 from safecli.config import CollectOptions
 from safecli.judges import SUMS
-from safecli.models import load_model, source_fingerprint
+from safecli.models import adapter_fingerprint, load_model, source_fingerprint
 from safecli.records import Prompt, Response, prompts_fingerprint, read_prompts, shipped
 from safecli.stages import Reporter, inherit_model
 from safecli.stages.answers import Job, answer_all, checked, load_judge
@@ -80,12 +80,11 @@ def _prompts(options: CollectOptions, report: Reporter) -> list[Prompt]:
 
 
 def _identity(options: CollectOptions, prompts: list[Prompt]) -> dict[str, Any]:
-    adapter = options.adapter and file_fingerprint(options.adapter / "adapter_model.safetensors")
     return {
         "options": options.model_dump(mode="json", exclude={"run", "batch_size", "adapter", "prompts", "general"}),
         "prompts": prompts_fingerprint(prompts),
         "model": source_fingerprint(options),
-        "adapter": adapter,
+        "adapter": options.adapter and adapter_fingerprint(options.adapter),
     }
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from safecli import __version__
-from safecli.artifacts import FORMAT, Stage, file_fingerprint, newest, open_stage, read_json, write_json
+from safecli.artifacts import FORMAT, Stage, newest, open_stage, read_json, write_json
 from safecli.config import EvalOptions, nearest
-from safecli.errors import InputError, UsageError
+from safecli.errors import UsageError
 from safecli.judges import SUMS, Kind, outcomes_of
 from safecli.losses import linear_cross_entropy
-from safecli.models import LanguageModel, attach_adapter, load_model, minilm, source_fingerprint
+from safecli.models import LanguageModel, adapter_fingerprint, attach_adapter, load_model, minilm, source_fingerprint
 from safecli.records import SETS, Prompt, Response, prompts_fingerprint, read_prompts, read_responses, shipped
 from safecli.report import write_report
 from safecli.stages import Reporter, inherit_model
@@ -159,14 +159,11 @@ def _prompts(options: EvalOptions, report: Reporter) -> dict[Kind, list[Prompt]]
 
 def _identity(options: EvalOptions, prompts: dict[Kind, list[Prompt]], adapters: dict[str, Path]) -> dict[str, Any]:
     skip = {"run", "batch_size", "adapter", "fail_if", "toxic", "lookalike", "harmless"}
-    for path in adapters.values():
-        if not (path / "adapter_model.safetensors").exists():
-            raise InputError(f"{path} is not a LoRA adapter: it has no adapter_model.safetensors")
     return {
         "options": options.model_dump(mode="json", exclude=skip),
         "prompts": {kind: prompts_fingerprint(found) for kind, found in prompts.items()},
         "model": source_fingerprint(options),
-        "adapters": {name: file_fingerprint(path / "adapter_model.safetensors") for name, path in adapters.items()},
+        "adapters": {name: adapter_fingerprint(path) for name, path in adapters.items()},
     }
 
 

@@ -24,7 +24,7 @@ def run(content: Mapping[str, Any], report: Reporter | None = None) -> Evaluated
     plan, collecting, training, evaluating = _options(content)
     first = collect(collecting, report).path
     unsafe: list[Path] = [*training.unsafe, first]
-    safe: list[Path] = [*training.own_safe]
+    safe: list[Path] = [*training.own_safe, first] if training.recipe == "safecli" else training.own_safe
     general = training.general or [first]
     adapter = _train(training, unsafe, safe, general, training.init_adapter, report)
     for number in range(1, plan.rounds + 1):

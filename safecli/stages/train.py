@@ -13,13 +13,29 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from safecli.artifacts import Stage, atomic, atomic_folder, file_fingerprint, newest, open_stage, read_manifest
+from safecli.artifacts import (
+    Stage,
+    atomic,
+    atomic_folder,
+    newest,
+    open_stage,
+    os_errors,
+    read_json,
+    read_manifest,
+)
 from safecli.config import TrainOptions
 from safecli.costs import Cost, load_cost
-from safecli.errors import RunError, UsageError
+from safecli.errors import InputError, RunError, UsageError
 from safecli.losses import Anchor, Target, linear_cross_entropy, linear_emd, linear_kl
 from safecli.losses.fused import best_bound, check_bound, divergences
-from safecli.models import LanguageModel, attach_adapter, is_out_of_memory, load_model, source_fingerprint
+from safecli.models import (
+    LanguageModel,
+    adapter_fingerprint,
+    attach_adapter,
+    is_out_of_memory,
+    load_model,
+    source_fingerprint,
+)
 from safecli.records import Response, files_fingerprint
 from safecli.stages import Reporter, inherit_model
 from safecli.stages.batches import Collator, Mix, content_tokens, examples, first_tokens, training_records
@@ -90,7 +106,7 @@ def _identity(options: TrainOptions, paths: list[Path]) -> dict[str, Any]:
         "options": options.model_dump(mode="json", exclude=skip),
         "records": files_fingerprint(paths),
         "model": source_fingerprint(options),
-        "init_adapter": options.init_adapter and file_fingerprint(options.init_adapter / "adapter_model.safetensors"),
+        "init_adapter": options.init_adapter and adapter_fingerprint(options.init_adapter),
     }
 
 
@@ -103,6 +119,9 @@ def _train(options: TrainOptions, records: dict[str, Any], stage: Stage, report:
     cost = cost.to(model.device)
     made = {kind: examples(rows, model, options) for kind, rows in records.items()}
     report.say("examples: " + ", ".join(f"{len(found)} {kind}" for kind, found in made.items()))
+    for kind in ("unsafe", "general"):
+        if not made[kind]:
+            raise InputError(f"no {kind} answer and its prompt fit in {options.max_tokens} tokens: raise --max-tokens")
     probe = Probe(model, options)
     model.model = _with_lora(model.model, options)
     cut = first_tokens(options.tokens or "all")
@@ -114,7 +133,8 @@ def _train(options: TrainOptions, records: dict[str, Any], stage: Stage, report:
         report.say(f"going on from {checkpoint.name}")
     watch.start(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with os_errors(stage.path, "write"):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -154,8 +174,17 @@ def _with_lora(model: Any, options: TrainOptions) -> Any:
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    """The newest checkpoint that is whole: Trainer writes its state last."""
+    found = [path for path in folder.glob("checkpoint-*") if _is_json(path / "trainer_state.json")]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        read_json(path)
+    except InputError:
+        return False
+    return True
 
 
 def _trainer(
@@ -294,10 +323,12 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def start(self, step: int) -> None:
         """Drop metrics later than the step that training goes on from."""
         path = self.folder / "metrics.jsonl"
-        rows = read_metrics(path)
-        if rows:
+        rows = [row for row in read_metrics(path) if row["step"] <= step]
+        if path.exists():
             with atomic(path) as beside:
-                beside.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+                beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if rows:
+            self.last = {name: value for name, value in rows[-1].items() if name != "step"}
         if step and (self.folder / "adapter").exists():
             self.best = step
 
@@ -318,11 +349,13 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
             self.report.progress("train", step, state.max_steps)
         if step != state.max_steps and not (every and step % every == 0):
             return
+        if not all(weight.isfinite().all() for weight in self.model.model.parameters() if weight.requires_grad):
+            raise RunError(f"NaN or infinity in the adapter's weights after step {step}: lower --lr")
         if every:
             self.collapse = self.probe.collapse(self.model)
         if self.collapse:
             self.report.warn(f"collapse at step {step}: {self.collapse}. The adapter of step {self.best} is kept.")
-            control.should_training_stop = True
+            control.should_training_stop, control.should_save = True, False
         elif state.is_world_process_zero:
             with atomic_folder(self.folder / "adapter") as beside:
                 self.model.model.save_pretrained(beside)

@@ -1,0 +1,89 @@
+"""Plugins from real package metadata: found without an import, clashes, broken ones, unknown names."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from safecli.costs.faiss import FaissCost
+from safecli.errors import MissingError, UsageError
+from safecli.judges.outcome import OutcomeJudge
+from safecli.registry import COSTS, JUDGES, load_plugin, plugins
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of installed packages, on the path."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def _install(site: Path, package: str, entries: dict[str, str], code: str, group: str = COSTS) -> None:
+    info = site / f"{package}-1.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2\n")
+    lines = [f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    (site / f"{package.replace('-', '_')}.py").write_text(code)
+
+
+GOOD = "from pydantic import BaseModel\nclass Cost:\n    class Options(BaseModel):\n        k: int = 3\n"
+
+
+def test_our_own_backends_and_judge_work() -> None:
+    assert {plugin.name for plugin in plugins(COSTS)} >= {"token", "sentence", "faiss"}
+    assert all(plugin.state() == "ok" for plugin in plugins() if plugin.package == "safecli")
+    assert load_plugin(COSTS, "faiss") is FaissCost
+    assert load_plugin(JUDGES, "outcome") is OutcomeJudge
+
+
+def test_a_package_brings_a_plugin_that_is_imported_only_when_used(site: Path) -> None:
+    _install(site, "far-cost", {"far": "far_cost:Cost"}, GOOD)
+    (found,) = [plugin for plugin in plugins(COSTS) if plugin.name == "far"]
+    assert (found.package, found.version) == ("far-cost", "1.2")
+    assert "far_cost" not in sys.modules
+    assert load_plugin(COSTS, "far").Options().k == 3
+    assert found.state() == "ok"
+    assert "far" not in {plugin.name for plugin in plugins(JUDGES)}
+
+
+def test_a_clash_names_both_packages(site: Path) -> None:
+    _install(site, "one-cost", {"same": "one_cost:Cost"}, GOOD)
+    _install(site, "two-cost", {"same": "two_cost:Cost"}, GOOD)
+    with pytest.raises(UsageError, match=r"cost 'same' .*(one-cost 1.2 and two-cost|two-cost 1.2 and one-cost) 1.2"):
+        load_plugin(COSTS, "same")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import no_such_module_at_all\n", "No module named 'no_such_module_at_all'"),
+        ("raise RuntimeError('my fault')\n", "my fault"),
+        ("import sys\nsys.exit('bye')\n", "bye"),
+        ("class Cost: pass\n", "no Options class"),
+        ("", "has no attribute 'Cost'"),
+    ],
+)
+def test_a_broken_plugin_shows_its_error_and_harms_no_other(site: Path, code: str, reason: str) -> None:
+    module = f"bad_{len(code)}"
+    _install(site, module, {"bad": f"{module}:Cost"}, code)
+    states = {plugin.name: plugin.state() for plugin in plugins(COSTS)}
+    assert states["bad"].startswith("broken: ")
+    assert reason in states["bad"]
+    assert states["token"] == "ok"
+    with pytest.raises(MissingError, match=f"plugin 'bad' of {module.replace('_', '[-_]')} 1.2 is broken"):
+        load_plugin(COSTS, "bad")
+    assert load_plugin(COSTS, "faiss") is FaissCost
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "told"),
+    [
+        (COSTS, "fais", "no cost is called 'fais', did you mean 'faiss'"),
+        (JUDGES, "outcomes", "no judge is called 'outcomes', did you mean 'outcome'"),
+        (COSTS, "xyz", "valid: faiss, sentence, token"),
+    ],
+)
+def test_an_unknown_name_is_told_the_nearest(kind: str, name: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        load_plugin(kind, name)
