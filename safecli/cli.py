@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,6 +145,7 @@ def _call(
     chosen = build(options, stage_values(content, table, options) | flags)
     from safecli.console import TerminalReporter
 
+    warnings.simplefilter("ignore", FutureWarning)
     report = TerminalReporter(common["quiet"])
     try:
         body(

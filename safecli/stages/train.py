@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from safecli.artifacts import (
     Stage,
@@ -128,6 +136,7 @@ def _train(options: TrainOptions, records: dict[str, Any], stage: Stage, report:
     trainer = _trainer(model, cost, made, cut, options, stage.path)
     watch = _Watch(probe, model, options, stage.path, report)
     trainer.add_callback(watch)
+    trainer.remove_callback(PrinterCallback)
     checkpoint = _last_checkpoint(stage.path)
     if checkpoint is not None:
         report.say(f"going on from {checkpoint.name}")
