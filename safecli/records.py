@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from safecli.artifacts import file_fingerprint, fingerprint, os_errors
+from safecli.artifacts import fingerprint, os_errors
 from safecli.errors import InputError, MissingError
 
 Use = Literal["unsafe", "safe", "general", "left_out"]
@@ -279,8 +279,3 @@ def truncate_to_whole(path: Path, counts: Sequence[int]) -> int:
 def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
     """Identify a list of prompts by ids, kinds and texts."""
     return fingerprint([(prompt.id, prompt.kind, prompt.prompt) for prompt in prompts])
-
-
-def files_fingerprint(paths: Sequence[Path]) -> list[str]:
-    """Fingerprints of files, in order."""
-    return [file_fingerprint(path) for path in paths]

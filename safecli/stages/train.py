@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from safecli.artifacts import (
     Stage,
     atomic,
     atomic_folder,
+    fingerprint,
     newest,
     open_stage,
     os_errors,
@@ -44,7 +46,7 @@ from safecli.models import (
     load_model,
     source_fingerprint,
 )
-from safecli.records import Response, files_fingerprint
+from safecli.records import Response
 from safecli.stages import Reporter, inherit_model
 from safecli.stages.batches import Collator, Mix, content_tokens, examples, first_tokens, training_records
 from safecli.stages.card import model_card
@@ -99,7 +101,7 @@ def _prepare(options: TrainOptions, report: Reporter) -> tuple[TrainOptions, dic
     records, paths = training_records(options, folder)
     for path in paths:
         report.say(f"records: {path}")
-    return options, records, Stage(options.run, "train", _identity(options, paths))
+    return options, records, Stage(options.run, "train", _identity(options, records))
 
 
 def with_recipe(options: TrainOptions) -> TrainOptions:
@@ -108,11 +110,14 @@ def with_recipe(options: TrainOptions) -> TrainOptions:
     return options.model_copy(update=chosen)
 
 
-def _identity(options: TrainOptions, paths: list[Path]) -> dict[str, Any]:
+def _identity(options: TrainOptions, records: dict[str, list[Response]]) -> dict[str, Any]:
     skip = {"run", "unsafe", "own_safe", "general", "init_adapter", "report_to"}
     return {
         "options": options.model_dump(mode="json", exclude=skip),
-        "records": files_fingerprint(paths),
+        "records": {
+            kind: fingerprint([(row.prompt, row.answer, row.finished) for row in rows])
+            for kind, rows in records.items()
+        },
         "model": source_fingerprint(options),
         "init_adapter": options.init_adapter and adapter_fingerprint(options.init_adapter),
     }
@@ -161,6 +166,8 @@ def _train(options: TrainOptions, records: dict[str, Any], stage: Stage, report:
     card = model_card(options, result)
     with atomic(stage.path / "adapter" / "README.md") as beside:
         beside.write_text(card, encoding="utf-8")
+    for left in stage.path.glob("checkpoint-*"):
+        shutil.rmtree(left)
     return result
 
 
