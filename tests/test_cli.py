@@ -34,7 +34,7 @@ NEVER = ("torch", "transformers", "peft", "numpy", "scipy", "sentence_transforme
 
 def _safecli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "safecli", *arguments]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], ["init", "TOML"]])
@@ -46,7 +46,7 @@ def test_what_needs_no_model_imports_none(arguments: list[str], tmp_path: Path) 
         "try: app()\n"
         f"finally: print(sorted(set({NEVER!r}) & set(sys.modules)), file=sys.stderr)\n"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0
     assert found.stderr.strip() == "[]"
 
@@ -220,11 +220,11 @@ def test_the_module_runs_as_the_command() -> None:
 def test_a_completion_script_is_produced(shell: str) -> None:
     command = Path(sys.executable).parent / "safecli"
     environment = os.environ | {"_SAFECLI_COMPLETE": f"source_{shell}"}
-    found = subprocess.run([command], env=environment, capture_output=True, text=True, timeout=60)
+    found = subprocess.run([command], env=environment, capture_output=True, text=True)
     assert found.returncode == 0
     assert "_SAFECLI_COMPLETE" in found.stdout
     words = {"bash": {"COMP_WORDS": "safecli tra", "COMP_CWORD": "1"}}.get(shell)
     if words:
         environment = os.environ | words | {"_SAFECLI_COMPLETE": f"complete_{shell}"}
-        found = subprocess.run([command], env=environment, capture_output=True, text=True, timeout=60)
+        found = subprocess.run([command], env=environment, capture_output=True, text=True)
         assert found.stdout.split() == ["train"]

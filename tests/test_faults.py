@@ -578,13 +578,13 @@ def start(*arguments: Any) -> subprocess.Popen[str]:
 
 def stop(process: subprocess.Popen[str], number: signal.Signals, when: Callable[[], bool]) -> str:
     """Send a signal once `when()` is true; returns what the process said."""
-    limit = time.monotonic() + 200
+    limit = time.monotonic() + 600
     while not when():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < limit
         time.sleep(0.02)
     process.send_signal(number)
-    return process.communicate(timeout=100)[0]
+    return process.communicate(timeout=300)[0]
 
 
 def some(folder: Path, pattern: str, count: int = 1) -> Callable[[], bool]:

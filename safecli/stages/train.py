@@ -83,6 +83,8 @@ def train(options: TrainOptions, report: Reporter | None = None) -> Trained:
             report.say(f"already trained: {stage.path / 'adapter'}")
         else:
             stage.finish(_train(options, records, stage, report))
+            for left in stage.path.glob("checkpoint-*"):
+                shutil.rmtree(left)
     result = read_manifest(stage.manifest_path, "train")["result"]
     return Trained(adapter=stage.path / "adapter", **result)
 
@@ -166,8 +168,6 @@ def _train(options: TrainOptions, records: dict[str, Any], stage: Stage, report:
     card = model_card(options, result)
     with atomic(stage.path / "adapter" / "README.md") as beside:
         beside.write_text(card, encoding="utf-8")
-    for left in stage.path.glob("checkpoint-*"):
-        shutil.rmtree(left)
     return result
 
 
