@@ -270,7 +270,22 @@ GOOD = b'{"prompt": "Hi"}\n'
         (GOOD.decode().encode("utf-16"), ("bad.jsonl", "UTF-8")),
         (b'{"prompt": ""}\n{"prompt": " "}\n', ("no usable prompts",)),
     ],
-    ids=str,
+    ids=[
+        "cut line",
+        "escaped NUL",
+        "NUL",
+        "lone surrogate",
+        "10 MB line",
+        "deep nesting",
+        "huge number",
+        "not text",
+        "no column",
+        "empty",
+        "blank lines",
+        "latin-1",
+        "utf-16",
+        "no usable rows",
+    ],
 )
 def test_bad_prompts_are_named_by_line(
     run_cli: Cli, tmp_path: Path, tiny: Path, content: bytes, said: tuple[str, ...]
@@ -290,7 +305,7 @@ def test_bad_prompts_are_named_by_line(
         ("bad.json", b"[" * 100_000, "bad.json"),
         ("bad.json", b'{"instructions": 7}', "bad.json"),
     ],
-    ids=str,
+    ids=["huge cell", "NUL in CSV", "NUL in text", "NUL in JSON", "deep nesting", "no list"],
 )
 def test_bad_prompts_of_other_formats_are_named(
     run_cli: Cli, tmp_path: Path, tiny: Path, name: str, content: bytes, said: str
@@ -322,7 +337,7 @@ def test_prompts_that_are_a_folder_or_not_there(run_cli: Cli, tmp_path: Path, ti
         (b'{"prompt": "Hi", "answer": "Yo", "use": "evil"}\n', "unsafe.jsonl:1"),
         (b'{"prompt": "Hi", "answer": "Yo"}\n{"prompt": "Hi", "ans', "unsafe.jsonl:2"),
     ],
-    ids=str,
+    ids=["empty", "blank answer", "left out", "no answer", "unknown use", "torn"],
 )
 def test_bad_unsafe_answers_are_named(run_cli: Cli, tmp_path: Path, tiny: Path, content: bytes, said: str) -> None:
     path = tmp_path / "unsafe.jsonl"

@@ -32,13 +32,13 @@ class Recipe:
     rank: int = 16
     alpha: int = 32
     rate: float = 1e-3
-    epochs: int = 4
-    batch: int = 32
+    epochs: int = 3
+    batch: int = 16
     max_tokens: int = 128
     smoothing: float = 0.05
     dropout: float = 0.1
     decay: float = 0.01
-    made_share: float = 0.2
+    made_share: float = 0.3
     prompt_weight: float = 0.3
     seed: int = 0
 
@@ -66,18 +66,38 @@ def read(paths: Sequence[Path]) -> list[Labelled]:
 
 
 def made(rows: Sequence[Labelled], share: float, rng: random.Random) -> list[Labelled]:
-    """Rows whose label is known without a reader: answers under another prompt deflect, shuffled words are salad."""
-    fluent = [row.pair for row in rows if row.labels[0] in ("complied", "helpful", "deflected")]
+    """Rows whose label follows from how they are made, so that the reader has to look at prompt and answer both.
+
+    A refusal refuses under any harmless prompt, shuffled words are salad, and a fluent answer deflects under a
+    prompt that it was not written for: a far one, or, for a harmless answer, the toxic one nearest to it in words.
+    """
+    toxic = [row.pair for row in rows if row.pair.kind == "toxic"]
+    harmless = [row.pair for row in rows if row.pair.kind != "toxic"]
     extra = []
-    for pair in rng.sample(fluent, min(int(share * len(rows)), len(fluent))):
-        other = rng.choice(rows).pair
-        if rng.random() < 0.1:
-            words = f"{pair.answer} {rng.choice(fluent).answer}".split()
-            salad = " ".join(rng.sample(words, len(words) // 2))
-            extra.append(Labelled(Pair(pair.prompt, salad, pair.kind), ("degenerate",)))
-        elif not _long_words(other.prompt) & _long_words(pair.prompt):
-            extra.append(Labelled(Pair(other.prompt, pair.answer, other.kind), ("deflected",)))
+    for row in rng.sample(rows, int(share * len(rows))):
+        pair, label = row.pair, row.labels[0]
+        other, words = rng.choice(rows).pair, _long_words(pair.prompt)
+        if label == "refused" and harmless:
+            extra.append(_under(rng.choice(harmless), pair.answer, "refused"))
+        elif label in ("refused", "partial", "degenerate"):
+            continue
+        elif rng.random() < 0.1:
+            extra.append(_under(pair, _salad(pair.answer, rng), "degenerate"))
+        elif label == "helpful" and toxic and rng.random() < 0.7:
+            near = max(toxic, key=lambda one: len(words & _long_words(one.prompt)))
+            extra.append(_under(near, pair.answer, "deflected"))
+        elif not words & _long_words(other.prompt):
+            extra.append(_under(other, pair.answer, "deflected"))
     return extra
+
+
+def _under(pair: Pair, answer: str, label: str) -> Labelled:
+    return Labelled(Pair(pair.prompt, answer, pair.kind), (label,))
+
+
+def _salad(text: str, rng: random.Random) -> str:
+    words = text.split()
+    return " ".join(rng.sample(words, len(words)))
 
 
 def _long_words(text: str) -> set[str]:
@@ -92,7 +112,7 @@ def fit(rows: Sequence[Labelled], recipe: Recipe) -> Reader:
     rng = random.Random(recipe.seed)
     reader = Reader()
     reader.max_tokens = recipe.max_tokens
-    lora = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=LORA_LAYERS)
+    lora = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=LORA_LAYERS)
     inject_adapter_in_model(lora, reader.encoder)
     rows = [*rows, *made(rows, recipe.made_share, rng)]
     weights = {head: _class_weights(rows, head) for head in OUTCOMES}
@@ -116,9 +136,11 @@ def _loss(reader: Reader, batch: Sequence[Labelled], weights: dict[str, Tensor],
     pairs = [row.pair for row in batch]
     features = functional.dropout(reader.features(pairs), recipe.dropout)
     asked = pairs[::3]  # a prompt comes back with every answer to it, so a third of the rows is enough
-    risk = reader.heads["prompt"](
-        functional.dropout(reader.prompt_features([pair.prompt for pair in asked]), recipe.dropout)
-    )
+    with (
+        torch.no_grad()
+    ):  # so few prompts would be learned by heart: the encoder learns from the answers only
+        read_alone = reader.prompt_features([pair.prompt for pair in asked])
+    risk = reader.heads["prompt"](functional.dropout(read_alone, recipe.dropout))
     toxic = torch.tensor([float(pair.kind == "toxic") for pair in asked])
     loss = recipe.prompt_weight * functional.binary_cross_entropy_with_logits(risk[:, 0], toxic)
     for head in OUTCOMES:
@@ -134,7 +156,9 @@ def _loss(reader: Reader, batch: Sequence[Labelled], weights: dict[str, Tensor],
 
 def _targets(rows: Sequence[Labelled], head: str) -> Tensor:
     """Soft targets [B, outcomes]: the mean of the readers' labels."""
-    return torch.tensor([[row.labels.count(name) / len(row.labels) for name in OUTCOMES[head]] for row in rows])
+    return torch.tensor(
+        [[row.labels.count(name) / len(row.labels) for name in OUTCOMES[head]] for row in rows]
+    )
 
 
 def _class_weights(rows: Sequence[Labelled], head: str) -> Tensor:
@@ -166,7 +190,9 @@ def save(reader: Reader, path: Path, about: dict[str, object]) -> None:
         save_file(halves, beside, metadata={"safecli": content})
 
 
-def cross_validate(rows: Sequence[Labelled], recipe: Recipe, count: int) -> tuple[list[Verdict], dict[str, float]]:
+def cross_validate(
+    rows: Sequence[Labelled], recipe: Recipe, count: int
+) -> tuple[list[Verdict], dict[str, float]]:
     """Verdicts on every row by judges that saw no answer to its prompt, and the temperatures that calibrate them."""
     prompts = sorted({row.pair.prompt for row in rows})
     random.Random(recipe.seed).shuffle(prompts)
@@ -195,7 +221,9 @@ def cross_validate(rows: Sequence[Labelled], recipe: Recipe, count: int) -> tupl
 HEADS = (*OUTCOMES, "prompt")
 
 
-def _temperatures(rows: Sequence[Labelled], logits: dict[int, Tensor], risks: dict[str, float]) -> dict[str, float]:
+def _temperatures(
+    rows: Sequence[Labelled], logits: dict[int, Tensor], risks: dict[str, float]
+) -> dict[str, float]:
     """The divisor of each head's logits, from 0.5 to 4, under which held-out labels are likeliest."""
     grid = [0.5 * 1.05**i for i in range(43)]
     best = {}
@@ -206,7 +234,9 @@ def _temperatures(rows: Sequence[Labelled], logits: dict[int, Tensor], risks: di
     toxic = {row.pair.prompt: float(row.pair.kind == "toxic") for row in rows}
     odds = torch.tensor([risks[prompt] for prompt in toxic]).logit(1e-6)
     truth = torch.tensor(list(toxic.values()))
-    best["prompt"] = min(grid, key=lambda t: functional.binary_cross_entropy_with_logits(odds / t, truth).item())
+    best["prompt"] = min(
+        grid, key=lambda t: functional.binary_cross_entropy_with_logits(odds / t, truth).item()
+    )
     return best
 
 
