@@ -136,9 +136,7 @@ def _loss(reader: Reader, batch: Sequence[Labelled], weights: dict[str, Tensor],
     pairs = [row.pair for row in batch]
     features = functional.dropout(reader.features(pairs), recipe.dropout)
     asked = pairs[::3]  # a prompt comes back with every answer to it, so a third of the rows is enough
-    with (
-        torch.no_grad()
-    ):  # so few prompts would be learned by heart: the encoder learns from the answers only
+    with torch.no_grad():  # so few prompts would be learned by heart: the encoder learns from the answers only
         read_alone = reader.prompt_features([pair.prompt for pair in asked])
     risk = reader.heads["prompt"](functional.dropout(read_alone, recipe.dropout))
     toxic = torch.tensor([float(pair.kind == "toxic") for pair in asked])
@@ -156,9 +154,7 @@ def _loss(reader: Reader, batch: Sequence[Labelled], weights: dict[str, Tensor],
 
 def _targets(rows: Sequence[Labelled], head: str) -> Tensor:
     """Soft targets [B, outcomes]: the mean of the readers' labels."""
-    return torch.tensor(
-        [[row.labels.count(name) / len(row.labels) for name in OUTCOMES[head]] for row in rows]
-    )
+    return torch.tensor([[row.labels.count(name) / len(row.labels) for name in OUTCOMES[head]] for row in rows])
 
 
 def _class_weights(rows: Sequence[Labelled], head: str) -> Tensor:
@@ -190,9 +186,7 @@ def save(reader: Reader, path: Path, about: dict[str, object]) -> None:
         save_file(halves, beside, metadata={"safecli": content})
 
 
-def cross_validate(
-    rows: Sequence[Labelled], recipe: Recipe, count: int
-) -> tuple[list[Verdict], dict[str, float]]:
+def cross_validate(rows: Sequence[Labelled], recipe: Recipe, count: int) -> tuple[list[Verdict], dict[str, float]]:
     """Verdicts on every row by judges that saw no answer to its prompt, and the temperatures that calibrate them."""
     prompts = sorted({row.pair.prompt for row in rows})
     random.Random(recipe.seed).shuffle(prompts)
@@ -221,9 +215,7 @@ def cross_validate(
 HEADS = (*OUTCOMES, "prompt")
 
 
-def _temperatures(
-    rows: Sequence[Labelled], logits: dict[int, Tensor], risks: dict[str, float]
-) -> dict[str, float]:
+def _temperatures(rows: Sequence[Labelled], logits: dict[int, Tensor], risks: dict[str, float]) -> dict[str, float]:
     """The divisor of each head's logits, from 0.5 to 4, under which held-out labels are likeliest."""
     grid = [0.5 * 1.05**i for i in range(43)]
     best = {}
@@ -234,9 +226,7 @@ def _temperatures(
     toxic = {row.pair.prompt: float(row.pair.kind == "toxic") for row in rows}
     odds = torch.tensor([risks[prompt] for prompt in toxic]).logit(1e-6)
     truth = torch.tensor(list(toxic.values()))
-    best["prompt"] = min(
-        grid, key=lambda t: functional.binary_cross_entropy_with_logits(odds / t, truth).item()
-    )
+    best["prompt"] = min(grid, key=lambda t: functional.binary_cross_entropy_with_logits(odds / t, truth).item())
     return best
 
 
