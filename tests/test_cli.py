@@ -166,8 +166,8 @@ def test_flags_and_file_meet_in_the_options(run_cli: Run, tmp_path: Path, monkey
     assert (plan["train"]["seed"], plan["collect"]["seed"], plan["train"]["steps"]) == (2, 1, 9)
     plan = json.loads(run_cli("run", "--config", "s.toml", "--dry-run", "--json", "--seed", 5).stdout)
     assert {options["seed"] for options in plan.values()} == {5}
-    plan = json.loads(run_cli("cost", "--config", "s.toml", "--dry-run", "--json", "--no-trust-remote-code").stdout)
-    assert plan["trust_remote_code"] is False
+    plan = json.loads(run_cli("cost", "--config", "s.toml", "--dry-run", "--json", "--trust-remote-code").stdout)
+    assert (plan["trust_remote_code"], plan["seed"]) == (True, 1)
 
 
 def test_a_cost_is_built_and_shown(demo: LanguageModel, run_cli: Run, cache: Path, tmp_path: Path) -> None:

@@ -257,3 +257,11 @@ def test_rows_of_a_sparse_cost_are_its_entries_and_the_ceiling() -> None:
         dense[token, cost.neighbours[part]] = cost.costs[part]
     asked = torch.tensor([5, 0, V - 1, 5])
     torch.testing.assert_close(cost.rows(asked), dense[asked])
+
+
+def test_losses_are_the_same_without_gradients() -> None:
+    hidden, weight = torch.randn(5, 4), torch.randn(7, 4)
+    ids = torch.tensor([0, 6, 2, 2, 1])
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, ids, reduction="none")
+    with torch.inference_mode():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, ids), expected)

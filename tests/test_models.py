@@ -74,9 +74,9 @@ def test_an_answer_ends_with_the_end_of_its_turn(demo: LanguageModel) -> None:
 def test_an_answer_does_not_depend_on_the_batch_it_is_in(demo: LanguageModel) -> None:
     requests = [Request(demo.prompt_ids(prompt), seed) for seed, prompt in enumerate(PROMPTS)]
     for temperature in (0.0, 0.8):
-        together = generate(demo, requests, 10, temperature)
-        assert generate(demo, requests[::-1], 10, temperature) == together[::-1]
-        assert generate(demo, requests[2:3], 10, temperature) == together[2:3]
+        together = generate(demo, requests, 6, temperature)
+        assert generate(demo, requests[::-1], 6, temperature) == together[::-1]
+        assert generate(demo, requests[2:3], 6, temperature) == together[2:3]
 
 
 def test_samples_differ_by_their_seed_and_only_by_it(demo: LanguageModel) -> None:
@@ -88,8 +88,9 @@ def test_samples_differ_by_their_seed_and_only_by_it(demo: LanguageModel) -> Non
 def test_an_answer_says_whether_the_model_ended_it(demo: LanguageModel) -> None:
     (short,) = generate(demo, [Request(demo.prompt_ids("What is two plus two?"))], 2)
     assert (short.tokens, short.finished) == (2, False)
-    (ended,) = generate(demo, [Request(demo.prompt_ids("Say just 'yes'. One word."))], 60)
-    assert ended.finished == (ended.tokens < 60)
+    (ended,) = generate(demo, [Request(demo.prompt_ids("What is two plus two?"))], 30)
+    assert ended.finished
+    assert ended.tokens < 30
     assert "<|" not in ended.text
 
 

@@ -98,11 +98,14 @@ def _per_position(
     hidden: Tensor, weight: Tensor, losses: Callable[[Tensor, slice], Tensor], chunk: int | None
 ) -> Tensor:
     chunk = chunk or max(16, _CHUNK_BYTES // (4 * weight.shape[0]))
-    if weight.requires_grad:
-        parts = [slice(start, start + chunk) for start in range(0, len(hidden), chunk)]
+    if torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad:
+        return _PerPosition.apply(hidden, chunk, losses)  # type: ignore[no-any-return,no-untyped-call]
+    parts = [slice(start, start + chunk) for start in range(0, len(hidden), chunk)]
+    if torch.is_grad_enabled() and weight.requires_grad:
         values = [checkpoint(losses, hidden[part], part, use_reentrant=False) for part in parts]
-        return torch.cat([hidden[:0].sum(-1, dtype=torch.promote_types(hidden.dtype, torch.float32)), *values])
-    return _PerPosition.apply(hidden, chunk, losses)  # type: ignore[no-any-return,no-untyped-call]
+    else:
+        values = [losses(hidden[part], part) for part in parts]
+    return torch.cat([hidden[:0].sum(-1, dtype=torch.promote_types(hidden.dtype, torch.float32)), *values])
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
