@@ -128,7 +128,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
                 raise InputError(f"{where}: more cells than the header has names: quote cells that hold a comma")
             yield where, _checked(row, where)
     except csv.Error as error:
-        raise InputError(f"{path.name}:{reader.line_num}: not valid CSV: {error}") from error
+        raise InputError(f"{path.name}:{reader.line_num + 1}: not valid CSV: {error}") from error
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:

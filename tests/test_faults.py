@@ -579,8 +579,9 @@ def test_weights_that_became_nan_in_the_last_step_are_no_adapter(
     assert not [*tmp_path.glob("run/train-*/adapter")]
 
 
-def test_a_huge_learning_rate_fails_the_run(run_cli: Cli, tmp_path: Path, records: Path) -> None:
-    failed(run_cli(*training(tmp_path / "run", "demo", records, "--lr", "1e9", "--steps", 4)), 5, "--lr")
+def test_a_huge_learning_rate_is_collapse_at_the_first_probe(run_cli: Cli, tmp_path: Path, records: Path) -> None:
+    huge = ("--lr", "1e9", "--steps", 4, "--probe-every", 2)
+    failed(run_cli(*training(tmp_path / "run", "demo", records, *huge)), 5, "collapse", "--lr")
 
 
 # Signals
