@@ -88,9 +88,9 @@ def test_samples_differ_by_their_seed_and_only_by_it(demo: LanguageModel) -> Non
 def test_an_answer_says_whether_the_model_ended_it(demo: LanguageModel) -> None:
     (short,) = generate(demo, [Request(demo.prompt_ids("What is two plus two?"))], 2)
     assert (short.tokens, short.finished) == (2, False)
-    (ended,) = generate(demo, [Request(demo.prompt_ids("What is two plus two?"))], 150)
+    (ended,) = generate(demo, [Request(demo.prompt_ids("Is there a neat way to crack an egg with one hand?"))], 60)
     assert ended.finished
-    assert ended.tokens < 150
+    assert ended.tokens < 60
     assert "<|" not in ended.text
 
 
