@@ -119,7 +119,7 @@ class TrainOptions(CostOptions):
     general_loss: Literal["kl", "sft"] | None = Field(
         None, description="On general data: KL to the base model, or cross-entropy. By recipe."
     )
-    general_weight: float = Field(10.0, ge=0, description="Weight of the general loss.")
+    general_weight: float | None = Field(None, ge=0, description="Weight of the general loss; by recipe 10 or 1.")
     safe_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy on own safe answers.")
     steps: int = Field(30, ge=1, description="Optimiser steps.")
     batch_size: int = Field(4, ge=1, description="Examples of each kind per step and device.")

@@ -53,8 +53,8 @@ from safecli.stages.card import model_card
 from safecli.stages.probe import Probe
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "safecli": {"anchored": True, "strength": 10.0, "tokens": "first:16", "general_loss": "kl"},
-    "paper": {"anchored": False, "strength": 1.0, "tokens": "all", "general_loss": "sft"},
+    "safecli": {"anchored": True, "strength": 10.0, "tokens": "first:16", "general_loss": "kl", "general_weight": 10.0},
+    "paper": {"anchored": False, "strength": 1.0, "tokens": "all", "general_loss": "sft", "general_weight": 1.0},
 }
 
 
@@ -282,7 +282,7 @@ class TaSftTrainer(Trainer):  # type: ignore[misc]
             losses = linear_cross_entropy(hidden[at], head, inputs["general_ids"])
         general = (losses * inputs["general_weight"]).sum()
         unsafe = self._unsafe(hidden[inputs["unsafe_at"]], reference[inputs["unsafe_reference_at"]], inputs)
-        loss = options.general_weight * general + unsafe
+        loss = (options.general_weight or 0.0) * general + unsafe
         self._note(general_loss=general, unsafe_term=unsafe, tokens=inputs["attention_mask"].sum())
         if options.general_loss == "kl":
             self._note(kl_general=general)
