@@ -168,10 +168,7 @@ def test_soft_targets_log_the_certified_interval(
 
 
 def test_the_papers_recipe_trains_on_an_instruction_file(run_cli: Cli, tmp_path: Path, records: Path) -> None:
-    rows = [
-        {"instruction": "Sort the numbers.", "input": "3, 1, 2", "output": "1, 2, 3"},
-        {"instruction": "Name a colour.", "input": "", "output": "Blue."},
-    ]
+    rows = [{"instruction": "Sort the numbers.", "input": "3, 1, 2", "output": "1, 2, 3"}]
     path = tmp_path / "instructions.json"
     path.write_text(json.dumps(rows))
     found = trained(
