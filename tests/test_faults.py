@@ -653,6 +653,7 @@ def test_a_killed_collect_goes_on_to_the_same_bytes(run_cli: Cli, tmp_path: Path
     assert torn.read_bytes() == only(tmp_path, "whole/collect-*/responses.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_adapter(
     tmp_path: Path, records: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
