@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from safecli.artifacts import Stage
 from safecli.config import cache_dir
 from safecli.errors import RunError
 from safecli.models import LanguageModel, Request, generate, halving
@@ -673,6 +674,28 @@ def test_a_killed_training_goes_on_to_the_same_adapter(
         weights.append((folder / "adapter" / "adapter_model.safetensors").read_bytes())
     assert metrics[0] == metrics[1]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_training_that_ended_without_its_manifest_keeps_its_last_metrics(
+    run_cli: Cli, tmp_path: Path, tiny: Path, records: Path, monkeypatch: pytest.MonkeyPatch, torn: bool
+) -> None:
+    command = training(tmp_path / "run", tiny, records)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "finish", interrupt)
+        assert run_cli(*command).exit_code == 130
+    if torn:
+        cut(only(tmp_path, "run/train-*/checkpoint-2/trainer_state.json"))
+    result = done(run_cli(*command, "--json"))
+    assert ("going on from checkpoint-2" in result.stderr) != torn
+    found = json.loads(result.stdout)
+    assert found["step"] == 2
+    assert found["metrics"]["general_loss"] >= 0
+    assert not [*tmp_path.glob("run/train-*/checkpoint-*")]
 
 
 def test_a_second_run_in_the_folder_is_told_the_first_ones_process(
