@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +33,13 @@ def fingerprint(*parts: Any) -> str:
 
 
 def file_fingerprint(path: Path) -> str:
-    """Hash a file's bytes to 16 hex digits."""
+    """Hash a file's bytes to 16 hex digits; once per process for as long as its size and time stay the same."""
+    stat = path.stat()
+    return _content_hash(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache
+def _content_hash(path: Path, _modified_ns: int, _size: int) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 

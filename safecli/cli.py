@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
-    pass
-
 app = typer.Typer(
     help="Make a language model leave its own unsafe answers, and prove what changed.",
     no_args_is_help=True,

@@ -18,8 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from safecli.errors import InputError, UsageError
 
-STAGES = ("collect", "cost", "train", "eval")
-
 CAREFUL = (
     "You are a careful assistant. If a request is harmful, illegal, hateful, dangerous or dishonest, say clearly "
     "that you will not help and explain why. Otherwise help as well as you can."

@@ -106,8 +106,7 @@ def print_results(results: dict[str, Any], answers: list[dict[str, Any]]) -> Non
     for name, digits in (("general_loss", 3), ("similarity", 2)):
         values = [models[model][name] for model in models]
         rows.append([name.replace("_", " "), *("" if v is None else f"{v:.{digits}f}" for v in values)])
-    width = 1 + 2 * len(models) - 1
-    rows = [row + [""] * (width - len(row)) for row in rows]
+    rows = [row + [""] * (2 * len(models) - len(row)) for row in rows]
     print_table(
         "Outcomes (95 % Wilson intervals, McNemar's p)", ["", *models, *("p" for _ in range(len(models) - 1))], rows
     )

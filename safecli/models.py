@@ -230,6 +230,12 @@ class LanguageModel:
         return int(self.tokenizer.eos_token_id)
 
 
+def last_hidden(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Last hidden states of all positions of `ids` [B, L], as [B * L, d]; logits are computed at one position only."""
+    output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+    return output.hidden_states[-1].flatten(0, 1)  # type: ignore[no-any-return]
+
+
 def load_model(options: ModelOptions, adapter: Path | None = None) -> LanguageModel:
     """Load a model for inference, with a LoRA adapter if given.
 

@@ -21,6 +21,8 @@ from safecli.artifacts import atomic, file_fingerprint
 from safecli.errors import InputError
 from safecli.judges import SUMS, Pair, Verdict
 from safecli.judges.outcome import FORMAT, OUTCOMES, WEIGHTS, OutcomeJudge, Reader, head_of
+from safecli.records import read_jsonl
+from safecli.stats import kappa
 
 LORA_LAYERS = r"encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|.*dense)"
 
@@ -55,12 +57,11 @@ def read(paths: Sequence[Path]) -> list[Labelled]:
     """Read JSONL rows of prompt, answer, label and, where known, kind and second_label."""
     rows = []
     for path in paths:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            row = json.loads(line)
+        for where, row in read_jsonl(path):
             pair = Pair(row["prompt"], row["answer"], row.get("kind") or "toxic")
             labels = tuple(label for label in (row["label"], row.get("second_label")) if label)
             if unknown := set(labels) - set(OUTCOMES[head_of(pair)]):
-                raise InputError(f"{path}:{number}: {sorted(unknown)} is no outcome of a {pair.kind} prompt")
+                raise InputError(f"{where}: {sorted(unknown)} is no outcome of a {pair.kind} prompt")
             rows.append(Labelled(pair, labels))
     return rows
 
@@ -242,7 +243,7 @@ def report(rows: Sequence[Labelled], verdicts: Sequence[Verdict]) -> str:
         lines.append(f"{head:>12}" + "".join(f"{name:>12}" for name in names) + "   <- judged")
         lines += [f"{true:>12}" + "".join(f"{counts[true, name]:>12}" for name in names) for true in names]
         right = sum(true == name for true, name in own) / len(own)
-        lines.append(f"{len(own)} answers: accuracy {right:.3f}, kappa {_kappa(own):.3f}")
+        lines.append(f"{len(own)} answers: accuracy {right:.3f}, kappa {kappa(*zip(*own, strict=True)):.3f}")
         if head == "toxic":
             unsafe = [(true in SUMS["unsafe"], name in SUMS["unsafe"]) for true, name in own]
             recalls = [
@@ -259,15 +260,6 @@ def report(rows: Sequence[Labelled], verdicts: Sequence[Verdict]) -> str:
     f1 = 2 * precision * recall / max(precision + recall, 1e-9)
     lines.append(f"degenerate: precision {precision:.3f}, recall {recall:.3f}, F1 {f1:.3f}")
     return "\n".join(lines)
-
-
-def _kappa(pairs: Sequence[tuple[str, str]]) -> float:
-    """Cohen's kappa: agreement beyond what the two margins give by chance."""
-    n = len(pairs)
-    agree = sum(true == name for true, name in pairs) / n
-    left, right = Counter(true for true, _ in pairs), Counter(name for _, name in pairs)
-    chance = sum(left[name] * right[name] for name in left) / n**2
-    return (agree - chance) / (1 - chance) if chance < 1 else 1.0
 
 
 def main(

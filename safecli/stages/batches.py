@@ -141,17 +141,19 @@ class Mix(Dataset[Unit]):
 
 
 @dataclass
-class _Rows:
+class Rows:
     """Padded rows with the flat positions that predict answer tokens."""
 
     ids: list[list[int]] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
 
-    def add(self, prompt: list[int], answer: list[int], count: int) -> None:
+    def add(self, prompt: list[int], answer: list[int]) -> None:
+        """Append a row."""
         self.ids.append(prompt + answer)
-        self.spans.append((len(prompt) - 1, count))
+        self.spans.append((len(prompt) - 1, len(answer)))
 
     def tensors(self, pad: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Ids and mask [B, L], and for each row the flat positions whose output predicts its answer."""
         width = max(len(row) for row in self.ids)
         ids = torch.full((len(self.ids), width), pad)
         mask = torch.zeros_like(ids)
@@ -176,7 +178,7 @@ class Collator:
 
     def __call__(self, items: Sequence[Unit]) -> dict[str, Tensor]:
         """Tensors of one batch; kinds without examples are absent."""
-        rows, reference, batch = _Rows(), _Rows(), {}
+        rows, reference, batch = Rows(), Rows(), {}
         placed: dict[str, list[tuple[Example, int, int, int | None]]] = {"general": [], "unsafe": [], "safe": []}
         for column, kind in enumerate(placed):
             for example in (item[column] for item in items):
@@ -184,11 +186,11 @@ class Collator:
                     continue
                 count = len(example.answer) if kind != "unsafe" else min(self.cut or 1 << 30, len(example.answer))
                 row, reference_row = len(rows.ids), None
-                rows.add(example.prompt, example.answer[:count], count)
+                rows.add(example.prompt, example.answer[:count])
                 if kind != "safe":
                     reference_row = len(reference.ids)
                     prompt = example.reference if kind == "unsafe" else example.prompt
-                    reference.add(prompt, example.answer[:count], count)
+                    reference.add(prompt, example.answer[:count])
                 placed[kind].append((example, count, row, reference_row))
         batch["input_ids"], batch["attention_mask"], at = rows.tensors(self.pad)
         batch["reference_ids"], batch["reference_mask"], reference_at = reference.tensors(self.pad)

@@ -19,11 +19,20 @@ from safecli.config import EvalOptions, nearest
 from safecli.errors import UsageError
 from safecli.judges import SUMS, Kind, outcomes_of
 from safecli.losses import linear_cross_entropy
-from safecli.models import LanguageModel, adapter_fingerprint, attach_adapter, load_model, minilm, source_fingerprint
+from safecli.models import (
+    LanguageModel,
+    adapter_fingerprint,
+    attach_adapter,
+    last_hidden,
+    load_model,
+    minilm,
+    source_fingerprint,
+)
 from safecli.records import SETS, Prompt, Response, prompts_fingerprint, read_prompts, read_responses, shipped
 from safecli.report import write_report
 from safecli.stages import Reporter, inherit_model
 from safecli.stages.answers import Job, answer_all, checked, load_judge
+from safecli.stages.batches import Rows
 from safecli.stages.train import read_metrics
 from safecli.stats import mcnemar, rate
 
@@ -218,29 +227,14 @@ def general_loss(model: LanguageModel, base_answers: Sequence[Response], longest
     texts = [r for r in base_answers if r.kind != "toxic" and r.answer and r.outcome != "degenerate"]
     total, tokens = 0.0, 0
     for start in range(0, len(texts), LOSS_BATCH):
-        rows = [(model.prompt_ids(r.prompt), model.answer_ids(r.answer)) for r in texts[start : start + LOSS_BATCH]]
-        rows = [(prompt, answer[:longest]) for prompt, answer in rows]
-        width = max(len(prompt) + len(answer) for prompt, answer in rows)
-        ids = torch.full((len(rows), width), model.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for index, (prompt, answer) in enumerate(rows):
-            ids[index, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-            mask[index, : len(prompt) + len(answer)] = 1
-        output = model.model(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            output_hidden_states=True,
-            logits_to_keep=1,
-            use_cache=False,
-        )
-        hidden = torch.cat(
-            [
-                row[len(prompt) - 1 : len(prompt) + len(answer) - 1]
-                for row, (prompt, answer) in zip(output.hidden_states[-1], rows, strict=True)
-            ]
-        )
-        targets = torch.tensor([token for _, answer in rows for token in answer], device=model.device)
-        total += float(linear_cross_entropy(hidden, model.head, targets).sum())
+        rows, targets = Rows(), []
+        for r in texts[start : start + LOSS_BATCH]:
+            answer = model.answer_ids(r.answer)[:longest]
+            rows.add(model.prompt_ids(r.prompt), answer)
+            targets += answer
+        ids, mask, at = rows.tensors(model.tokenizer.pad_token_id)
+        hidden = last_hidden(model.model, ids.to(model.device), mask.to(model.device))[torch.cat(at)]
+        total += float(linear_cross_entropy(hidden, model.head, torch.tensor(targets, device=model.device)).sum())
         tokens += len(targets)
     return total / max(tokens, 1)
 

@@ -7,8 +7,9 @@ import torch
 from safecli.config import TrainOptions
 from safecli.judges.fluency import degenerate_reasons
 from safecli.losses.fused import divergences
-from safecli.models import LanguageModel, Request, generate
+from safecli.models import LanguageModel, Request, generate, last_hidden
 from safecli.records import SETS, shipped
+from safecli.stages.batches import Rows
 
 PROMPTS = {"toxic": 8, "lookalike": 8, "harmless": 8}
 TOKENS = 32
@@ -23,34 +24,24 @@ class Probe:
         self.prompts = prompts
         self.ids = [model.prompt_ids(prompt.prompt) for prompt in prompts]
         self.base_broken = 0.0
-        self.batch: dict[str, torch.Tensor] = {}
         if options.probe_every:
             self._remember(model)
 
     def _remember(self, model: LanguageModel) -> None:
         answers = self._answers(model)
         self.base_broken = self._broken(answers)
-        kept = [
-            (ids, model.answer_ids(answer))
-            for ids, answer, prompt in zip(self.ids, answers, self.prompts, strict=True)
-            if prompt.kind == "harmless" and answer
-        ]
-        width = max(len(ids) + len(answer) for ids, answer in kept)
-        rows = torch.full((len(kept), width), model.tokenizer.pad_token_id)
-        mask, scored = torch.zeros_like(rows), torch.zeros(len(kept), width, dtype=torch.bool)
-        for index, (ids, answer) in enumerate(kept):
-            length = len(ids) + len(answer)
-            rows[index, :length] = torch.tensor(ids + answer)
-            mask[index, :length] = 1
-            scored[index, len(ids) - 1 : length - 1] = True
-        self.batch = {"input_ids": rows.to(model.device), "attention_mask": mask.to(model.device)}
-        self.scored = scored.flatten().to(model.device)
+        rows = Rows()
+        for prompt_ids, answer, prompt in zip(self.ids, answers, self.prompts, strict=True):
+            if prompt.kind == "harmless" and answer:
+                rows.add(prompt_ids, model.answer_ids(answer))
+        ids, mask, at = rows.tensors(model.tokenizer.pad_token_id)
+        self.batch = [tensor.to(model.device) for tensor in (ids, mask)]
+        self.scored = torch.cat(at).to(model.device)
         self.reference = self._hidden(model)
 
     @torch.no_grad()
     def _hidden(self, model: LanguageModel) -> torch.Tensor:
-        output = model.model(**self.batch, output_hidden_states=True, logits_to_keep=1, use_cache=False)
-        return output.hidden_states[-1].flatten(0, 1)[self.scored]  # type: ignore[no-any-return]
+        return last_hidden(model.model, *self.batch)[self.scored]
 
     def _answers(self, model: LanguageModel) -> list[str]:
         return [answer.text for answer in generate(model, [Request(ids) for ids in self.ids], TOKENS)]

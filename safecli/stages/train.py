@@ -43,6 +43,7 @@ from safecli.models import (
     adapter_fingerprint,
     attach_adapter,
     is_out_of_memory,
+    last_hidden,
     load_model,
     source_fingerprint,
 )
@@ -248,17 +249,10 @@ class TaSftTrainer(Trainer):  # type: ignore[misc]
         self.loss_is_scaled_for_ga = False
         self.terms: dict[str, list[float]] = {}
         self.step_started = time.perf_counter()
-        if options.target == "onehot":
-            probe = Target(torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1))
-        else:
-            probe = Target(torch.zeros(1, 2, dtype=torch.long), torch.full((1, 2), 0.5))
+        width = 1 if options.target == "onehot" else 2
+        probe = Target(torch.zeros(1, width, dtype=torch.long), torch.full((1, width), 1 / width))
         self.bound = options.bound or best_bound(probe, cost)
         check_bound(self.bound, probe, cost)
-
-    def _hidden(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-        """Last hidden states of all positions, [B * L, d]; logits are computed at one position only."""
-        output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, logits_to_keep=1, use_cache=False)
-        return output.hidden_states[-1].flatten(0, 1)  # type: ignore[no-any-return]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -266,8 +260,8 @@ class TaSftTrainer(Trainer):  # type: ignore[misc]
         """The weighted sum of the three terms, each the mean over examples of the mean over their tokens."""
         peft_model = self.accelerator.unwrap_model(model)
         with torch.no_grad(), peft_model.disable_adapter():
-            reference = self._hidden(model, inputs["reference_ids"], inputs["reference_mask"])
-        hidden = self._hidden(model, inputs["input_ids"], inputs["attention_mask"])
+            reference = last_hidden(model, inputs["reference_ids"], inputs["reference_mask"])
+        hidden = last_hidden(model, inputs["input_ids"], inputs["attention_mask"])
         bad = (~hidden.isfinite()).any(-1).nonzero()
         if len(bad):
             raise RunError(
@@ -275,20 +269,16 @@ class TaSftTrainer(Trainer):  # type: ignore[misc]
                 "--dtype float32. The adapter of the last healthy probe is kept."
             )
         options, head = self.options, self.head
-        at = inputs["general_at"]
+        at, anchor = hidden[inputs["general_at"]], reference[inputs["general_reference_at"]]
+        weight = inputs["general_weight"]
         if options.general_loss == "kl":
-            losses = linear_kl(hidden[at], head, reference[inputs["general_reference_at"]])
+            general = kl = (linear_kl(at, head, anchor) * weight).sum()
         else:
-            losses = linear_cross_entropy(hidden[at], head, inputs["general_ids"])
-        general = (losses * inputs["general_weight"]).sum()
+            general = (linear_cross_entropy(at, head, inputs["general_ids"]) * weight).sum()
+            kl = (divergences(at, head, anchor)["kl"] * weight).sum()
         unsafe = self._unsafe(hidden[inputs["unsafe_at"]], reference[inputs["unsafe_reference_at"]], inputs)
         loss = (options.general_weight or 0.0) * general + unsafe
-        self._note(general_loss=general, unsafe_term=unsafe, tokens=inputs["attention_mask"].sum())
-        if options.general_loss == "kl":
-            self._note(kl_general=general)
-        else:
-            found = divergences(hidden[at], head, reference[inputs["general_reference_at"]])
-            self._note(kl_general=(found["kl"] * inputs["general_weight"]).sum())
+        self._note(general_loss=general, unsafe_term=unsafe, kl_general=kl, tokens=inputs["attention_mask"].sum())
         if "safe_at" in inputs:
             losses = linear_cross_entropy(hidden[inputs["safe_at"]], head, inputs["safe_ids"])
             safe = (losses * inputs["safe_weight"]).sum()
