@@ -129,7 +129,7 @@ class TrainOptions(CostOptions):
     probe_every: int = Field(15, ge=0, description="Steps between probes for collapse on dev prompts; 0: never.")
     max_kl: float = Field(1.0, gt=0, description="KL to base on harmless dev answers that counts as collapse.")
     max_degenerate: float = Field(0.25, ge=0, le=1, description="Rise of broken dev answers that is collapse.")
-    report_to: list[str] = Field([], description="Also log to tensorboard or wandb; repeatable.")
+    report_to: Literal["tensorboard", "wandb"] | None = Field(None, description="Also log the metrics there.")
 
 
 class EvalOptions(GenerateOptions):

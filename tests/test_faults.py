@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,46 @@ def test_a_cost_of_another_vocabulary_shows_both_fingerprints(
     for name in ("manifest.json", "cost.safetensors"):
         shutil.copy(costs[0] / name, costs[1] / name)
     failed(run_cli("cost", "--run", tmp_path, "--model", other), 3, str(costs[1]), *prints)
+
+
+def test_a_broken_cost_says_how_to_get_it_back(run_cli: Cli, tmp_path: Path, cache: Path, folder: Path) -> None:
+    command = ("cost", "--run", tmp_path, "--model", folder, "--json")
+    cost = Path(json.loads(done(run_cli(*command)).stdout)["path"])
+    cut(cost / "cost.safetensors")
+    failed(run_cli(*command), 3, str(cost), "delete the folder")
+    shutil.rmtree(cost)
+    done(run_cli(*command))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "code", "said"),
+    [
+        ("--cost", "fiass", 2, "faiss"),
+        ("--lora-targets", "q_proj,lm_head", 2, "output head"),
+        pytest.param(
+            "--report-to", "wandb", 4, "pip install wandb",
+            marks=pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed here"),
+        ),
+    ],
+)  # fmt: skip
+def test_what_training_cannot_do_is_said_before_it_starts(
+    run_cli: Cli, tmp_path: Path, tiny: Path, records: Path, option: str, value: str, code: int, said: str
+) -> None:
+    failed(run_cli(*training(tmp_path / "run", tiny, records, option, value)), code, said)
+    assert not [*tmp_path.glob("run/train-*/metrics.jsonl")]
+
+
+def test_a_model_that_only_ends_its_answers_can_be_probed(
+    run_cli: Cli, tmp_path: Path, tiny: Path, records: Path
+) -> None:
+    silent = tmp_path / "silent"
+    shutil.copytree(tiny, silent)
+    weights = {name: torch.zeros_like(value) for name, value in load_file(tiny / "model.safetensors").items()}
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        weights[name].fill_(1)
+    weights["lm_head.weight"][2] = 1  # the end of a turn, whatever was said
+    save_file(weights, silent / "model.safetensors", metadata={"format": "pt"})
+    done(run_cli(*training(tmp_path / "run", silent, records, "--probe-every", 1)))
 
 
 def test_an_adapter_of_another_base_is_refused(

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import torch
 from pydantic import BaseModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -182,12 +182,17 @@ def backend_options(names: list[str]) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
+def load_backend(options: CostOptions) -> tuple[type[CostBackend], BaseModel]:
+    """The backend's class and its options; `UsageError` for a name or an option that there isn't."""
+    backend_class = load_plugin(COSTS, options.cost)
+    return backend_class, build(backend_class.Options, backend_options(options.cost_opt), f"cost '{options.cost}'")
+
+
 def load_cost(
     options: CostOptions, language_model: LanguageModel, say: Callable[[str], None] = logger.info
 ) -> tuple[Cost, Path]:
     """The cost that the options name, built when it isn't in the cache, and the folder that holds it."""
-    backend_class = load_plugin(COSTS, options.cost)
-    chosen = build(backend_class.Options, backend_options(options.cost_opt), f"cost '{options.cost}'")
+    backend_class, chosen = load_backend(options)
     embeddings = language_model.model.get_input_embeddings().weight.detach()
     vocabulary = Vocabulary(language_model.tokenizer, embeddings.float().cpu(), language_model.device)
     identity = {
@@ -232,8 +237,11 @@ def read_cost(folder: Path, vocabulary: Vocabulary) -> Cost:
             f"the cost {folder} was built for another vocabulary ({made_for}) than this model's ({here}): "
             "build it again with `safecli cost`"
         )
-    with safe_open(folder / "cost.safetensors", "pt") as stored:
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    try:
+        with safe_open(folder / "cost.safetensors", "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, FileNotFoundError) as error:
+        raise InputError(f"the cost {folder} is broken ({error}): delete the folder, and it is built again") from error
     if content["result"]["kind"] == "dense":
         return DenseCost(tensors["features"])
     return SparseCost(tensors["starts"], tensors["neighbours"], tensors["costs"], content["result"]["ceiling"])

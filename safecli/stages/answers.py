@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from safecli.artifacts import fingerprint, read_json, write_json
+from safecli.artifacts import file_fingerprint, fingerprint, read_json, write_json
 from safecli.config import GenerateOptions
 from safecli.errors import InputError
 from safecli.judges import Judge, Pair
@@ -30,6 +31,15 @@ def load_judge(name: str) -> Judge:
     """The judge plugin of that name with its default options."""
     judge_class = load_plugin(JUDGES, name)
     return judge_class(judge_class.Options())  # type: ignore[no-any-return]
+
+
+def judge_identity(name: str) -> dict[str, Any]:
+    """What a judge's verdicts depend on: its options, files among them by their content."""
+    values = load_plugin(JUDGES, name).Options().model_dump()
+    return {
+        key: file_fingerprint(value) if isinstance(value, Path) and value.is_file() else str(value)
+        for key, value in values.items()
+    }
 
 
 def checked(

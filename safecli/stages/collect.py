@@ -13,7 +13,7 @@ from safecli.judges import SUMS
 from safecli.models import adapter_fingerprint, load_model, source_fingerprint
 from safecli.records import Prompt, Response, prompts_fingerprint, read_prompts, shipped
 from safecli.stages import Reporter, inherit_model
-from safecli.stages.answers import Job, answer_all, checked, load_judge
+from safecli.stages.answers import Job, answer_all, checked, judge_identity, load_judge
 
 FEW = 20
 
@@ -84,6 +84,7 @@ def _identity(options: CollectOptions, prompts: list[Prompt]) -> dict[str, Any]:
         "options": options.model_dump(mode="json", exclude={"run", "batch_size", "adapter", "prompts", "general"}),
         "prompts": prompts_fingerprint(prompts),
         "model": source_fingerprint(options),
+        "judge": judge_identity(options.judge),
         "adapter": options.adapter and adapter_fingerprint(options.adapter),
     }
 

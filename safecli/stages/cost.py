@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from safecli.config import CostOptions
-from safecli.costs import DenseCost, load_cost
+from safecli.costs import DenseCost, load_backend, load_cost
 from safecli.errors import UsageError
 from safecli.models import LanguageModel, load_model
 from safecli.stages import Reporter, inherit_model
@@ -36,6 +36,7 @@ class Neighbourhood:
 def build_cost(options: CostOptions, report: Reporter | None = None) -> Built:
     """Build the cost that the options name, or find it in the cache."""
     report = report or Reporter()
+    load_backend(options)
     options = inherit_model(options, report)
     cost, folder = load_cost(options, load_model(options), report.say)
     size = (folder / "cost.safetensors").stat().st_size / 2**20
@@ -45,6 +46,7 @@ def build_cost(options: CostOptions, report: Reporter | None = None) -> Built:
 def show_cost(options: CostOptions, token: str, count: int, report: Reporter | None = None) -> Neighbourhood:
     """The `count` nearest and farthest tokens of `token`; `UsageError` if it is not one token."""
     report = report or Reporter()
+    load_backend(options)
     options = inherit_model(options, report)
     model = load_model(options)
     cost, _ = load_cost(options, model, report.say)

@@ -31,7 +31,7 @@ from safecli.models import (
 from safecli.records import SETS, Prompt, Response, prompts_fingerprint, read_prompts, read_responses, shipped
 from safecli.report import write_report
 from safecli.stages import Reporter, inherit_model
-from safecli.stages.answers import Job, answer_all, checked, load_judge
+from safecli.stages.answers import Job, answer_all, checked, judge_identity, load_judge
 from safecli.stages.batches import Rows
 from safecli.stages.train import read_metrics
 from safecli.stats import mcnemar, rate
@@ -172,6 +172,7 @@ def _identity(options: EvalOptions, prompts: dict[Kind, list[Prompt]], adapters:
         "options": options.model_dump(mode="json", exclude=skip),
         "prompts": {kind: prompts_fingerprint(found) for kind, found in prompts.items()},
         "model": source_fingerprint(options),
+        "judge": judge_identity(options.judge),
         "adapters": {name: adapter_fingerprint(path) for name, path in adapters.items()},
     }
 
@@ -198,7 +199,7 @@ def _evaluate(
         "seed": options.seed,
         "model": options.model,
         "options": stage.identity["options"],
-        "fingerprints": {name: stage.identity[name] for name in ("prompts", "model", "adapters")},
+        "fingerprints": {name: stage.identity[name] for name in ("prompts", "model", "judge", "adapters")},
         "models": summarise(answers, losses),
         "paired": {name: _paired(answers["base"], answers[name]) for name in adapters},
         "gates": [],

@@ -32,8 +32,8 @@ class Probe:
         self.base_broken = self._broken(answers)
         rows = Rows()
         for prompt_ids, answer, prompt in zip(self.ids, answers, self.prompts, strict=True):
-            if prompt.kind == "harmless" and answer:
-                rows.add(prompt_ids, model.answer_ids(answer))
+            if prompt.kind == "harmless":  # with the end token, so that an empty answer is a position too
+                rows.add(prompt_ids, [*model.answer_ids(answer), model.end_id])
         ids, mask, at = rows.tensors(model.tokenizer.pad_token_id)
         self.batch = [tensor.to(model.device) for tensor in (ids, mask)]
         self.scored = torch.cat(at).to(model.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
@@ -34,8 +35,8 @@ from safecli.artifacts import (
     read_manifest,
 )
 from safecli.config import TrainOptions
-from safecli.costs import Cost, load_cost
-from safecli.errors import InputError, RunError, UsageError
+from safecli.costs import Cost, load_backend, load_cost
+from safecli.errors import InputError, MissingError, RunError, UsageError
 from safecli.losses import Anchor, Target, linear_cross_entropy, linear_emd, linear_kl
 from safecli.losses.fused import best_bound, check_bound, divergences
 from safecli.models import (
@@ -100,6 +101,9 @@ def preview(options: TrainOptions, report: Reporter) -> dict[str, Any]:
 def _prepare(options: TrainOptions, report: Reporter) -> tuple[TrainOptions, dict[str, list[Response]], Stage]:
     options = with_recipe(inherit_model(options, report))
     first_tokens(options.tokens or "all")
+    load_backend(options)
+    if options.report_to and importlib.util.find_spec(options.report_to) is None:
+        raise MissingError(f"--report-to {options.report_to} needs its package: pip install {options.report_to}")
     folder = newest(options.run, "collect", lambda manifest: not manifest["identity"]["adapter"])
     records, paths = training_records(options, folder)
     for path in paths:
@@ -185,9 +189,12 @@ def _with_lora(model: Any, options: TrainOptions) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise UsageError(f"--lora-targets {targets}: {error}") from error
+    if any(weight.requires_grad for weight in adapted.get_output_embeddings().parameters()):
+        raise UsageError(f"--lora-targets {targets}: the output head stays as it is; leave it out")
+    return adapted
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
