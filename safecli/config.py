@@ -71,7 +71,9 @@ class GenerateOptions(ModelOptions):
 class CollectOptions(GenerateOptions):
     """Options of `safecli collect`."""
 
-    prompts: str | None = Field(None, description="Toxic prompts: file or datasets id; default: the shipped ones.")
+    prompts: list[str] = Field(
+        [], description="Toxic prompts: file or datasets id; repeatable. Default: the shipped ones."
+    )
     general: str | None = Field(
         None, description="Harmless prompts: file or datasets id, 'none' for none; default: the shipped ones."
     )

@@ -70,18 +70,20 @@ def shipped(kind: Set, split: str) -> list[Prompt]:
     ]
 
 
-def read_prompts(source: str, kind: Set, column: str | None = None) -> list[Prompt]:
-    """Read prompts from JSONL, JSON, CSV, plain text (one per line), or a `datasets` id.
+def read_prompts(source: str | Sequence[str], kind: Set, column: str | None = None) -> list[Prompt]:
+    """Read prompts from JSONL, JSON, CSV, plain text (one per line), or a `datasets` id; from one or from several.
 
     JSON is `{"instructions": [...]}`, a list of strings, or a list of objects; an `input` is put under its
     instruction. Errors: `InputError` with file and line, `MissingError` where there is no such file or dataset.
     """
     prompts: list[Prompt] = []
-    for where, row in _rows(source):
-        text = row if isinstance(row, str) else _prompt_of(row, column, where)
-        prompts.append(Prompt(id=f"{kind}-{len(prompts) + 1:04}", kind=kind, prompt=text, where=where))
-    if not prompts:
-        raise InputError(f"{source} holds no prompts: it is empty")
+    for one in [source] if isinstance(source, str) else source:
+        before = len(prompts)
+        for where, row in _rows(one):
+            text = row if isinstance(row, str) else _prompt_of(row, column, where)
+            prompts.append(Prompt(id=f"{kind}-{len(prompts) + 1:04}", kind=kind, prompt=text, where=where))
+        if len(prompts) == before:
+            raise InputError(f"{one} holds no prompts: it is empty")
     return prompts
 
 

@@ -33,6 +33,14 @@ def _write(folder: Path, name: str, content: str | bytes) -> str:
     return str(path)
 
 
+def test_several_files_are_one_list_of_prompts(tmp_path: Path) -> None:
+    files = [_write(tmp_path, "one.txt", TWO[0]), _write(tmp_path, "two.json", json.dumps([TWO[1]]))]
+    found = read_prompts(files, "toxic")
+    assert [(prompt.id, prompt.prompt) for prompt in found] == [("toxic-0001", TWO[0]), ("toxic-0002", TWO[1])]
+    with pytest.raises(InputError, match=r"none\.txt holds no prompts"):
+        read_prompts([*files, _write(tmp_path, "none.txt", "")], "toxic")
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -66,7 +66,7 @@ def preview(options: CollectOptions, report: Reporter) -> dict[str, Any]:
 
 
 def _prompts(options: CollectOptions, report: Reporter) -> list[Prompt]:
-    if options.prompts is None:
+    if not options.prompts:
         report.say("prompts: the shipped toxic ones, train split (--prompts takes your own)")
         toxic = shipped("toxic", "train")
     else:
