@@ -31,16 +31,18 @@ LORA_LAYERS = r"encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|.*dense
 class Recipe:
     """The numbers that training is made of."""
 
-    rank: int = 16
-    alpha: int = 32
+    readers: int = 2
+    rank: int = 8
+    alpha: int = 16
     rate: float = 1e-3
-    epochs: int = 3
+    epochs: int = 2
     batch: int = 16
     max_tokens: int = 128
     smoothing: float = 0.05
     dropout: float = 0.1
     decay: float = 0.01
-    made_share: float = 0.3
+    masked: float = 0.1
+    made_share: float = 0.15
     prompt_weight: float = 0.3
     seed: int = 0
 
@@ -105,14 +107,18 @@ def _long_words(text: str) -> set[str]:
     return {word for word in text.lower().split() if len(word) > 4}
 
 
-def fit(rows: Sequence[Labelled], recipe: Recipe) -> Reader:
-    """Train LoRA and heads on `rows`; the reader that comes back still holds its LoRA apart."""
+def fit(rows: Sequence[Labelled], recipe: Recipe) -> list[Reader]:
+    """Train readers that differ by seed on `rows`; they come back with their LoRA still apart."""
+    return [_fit(rows, recipe, recipe.seed + number) for number in range(recipe.readers)]
+
+
+def _fit(rows: Sequence[Labelled], recipe: Recipe, seed: int) -> Reader:
     from peft import LoraConfig, inject_adapter_in_model
 
-    torch.manual_seed(recipe.seed)
-    rng = random.Random(recipe.seed)
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
     reader = Reader()
-    reader.max_tokens = recipe.max_tokens
+    reader.max_tokens, reader.masked = recipe.max_tokens, recipe.masked
     lora = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=LORA_LAYERS)
     inject_adapter_in_model(lora, reader.encoder)
     rows = [*rows, *made(rows, recipe.made_share, rng)]
@@ -173,15 +179,15 @@ def _batches(rows: Sequence[Labelled], size: int, rng: random.Random) -> list[li
     return batches
 
 
-def save(reader: Reader, path: Path, about: dict[str, object]) -> None:
-    """Write the LoRA pairs and heads as fp16 safetensors with `about` as JSON metadata."""
-    tensors = {
-        name.removesuffix(".default.weight"): value
-        for name, value in reader.encoder.state_dict().items()
-        if ".lora_" in name
-    }
-    tensors |= dict(reader.heads.state_dict())
-    content = json.dumps({"format": FORMAT, **about})
+def save(readers: Sequence[Reader], path: Path, recipe: Recipe, about: dict[str, object]) -> None:
+    """Write the LoRA pairs and heads of all readers as fp16 safetensors with `about` as JSON metadata."""
+    tensors: dict[str, Tensor] = {}
+    for number, reader in enumerate(readers):
+        lora = {name: value for name, value in reader.encoder.state_dict().items() if ".lora_" in name}
+        for name, value in [*lora.items(), *reader.heads.state_dict().items()]:
+            tensors[f"{number}.{name.removesuffix('.default.weight')}"] = value
+    shape = {"format": FORMAT, "readers": len(readers), "scaling": recipe.alpha / recipe.rank}
+    content = json.dumps({**shape, "recipe": asdict(recipe), **about})
     with atomic(path) as beside:
         halves = {name: value.half().contiguous() for name, value in tensors.items()}
         save_file(halves, beside, metadata={"safecli": content})
@@ -197,17 +203,13 @@ def cross_validate(rows: Sequence[Labelled], recipe: Recipe, count: int) -> tupl
     risks: dict[str, float] = {}
     for k in range(count):
         held = [i for i, row in enumerate(rows) if fold[row.pair.prompt] == k]
-        reader = fit([row for row in rows if fold[row.pair.prompt] != k], recipe)
+        readers = fit([row for row in rows if fold[row.pair.prompt] != k], recipe)
         with tempfile.TemporaryDirectory() as folder:
             weights = Path(folder) / "fold.safetensors"
-            save(
-                reader,
-                weights,
-                {"scaling": recipe.alpha / recipe.rank, "temperature": dict.fromkeys(HEADS, 1.0)},
-            )
+            save(readers, weights, recipe, {"temperature": dict.fromkeys(HEADS, 1.0)})
             judge = OutcomeJudge(OutcomeJudge.Options(weights=weights))
         verdicts |= dict(zip(held, judge.judge([rows[i].pair for i in held]), strict=True))
-        logits |= dict(zip(held, judge.reader.logits([rows[i].pair for i in held]), strict=True))
+        logits |= dict(zip(held, judge.logits([rows[i].pair for i in held]), strict=True))
         own = [prompt for prompt in prompts if fold[prompt] == k]
         risks |= dict(zip(own, judge.prompt_risk(own), strict=True))
     return [verdicts[i] for i in range(len(rows))], _temperatures(rows, logits, risks)
@@ -282,8 +284,8 @@ def main(
         verdicts, temperature = cross_validate(rows, recipe, folds)
         typer.echo(f"Cross-validation, {folds} folds by prompt:\n{report(rows, verdicts)}")
     labels = {path.name: file_fingerprint(path) for path in files}
-    about = {"scaling": recipe.alpha / recipe.rank, "temperature": temperature, "recipe": asdict(recipe)}
-    save(fit(rows, recipe), weights, {**about, "rows": len(rows), "labels": labels})
+    about = {"temperature": temperature, "rows": len(rows), "labels": labels}
+    save(fit(rows, recipe), weights, recipe, about)
     typer.echo(f"wrote {weights} ({weights.stat().st_size / 1e6:.2f} MB)")
 
 
