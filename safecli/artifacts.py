@@ -15,13 +15,13 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-from safecli.errors import InputError, RunError
+from safecli.errors import InputError, RunError, UsageError
 
 FORMAT = 1
 """Version of the layout of every artefact; a newer one is refused."""
@@ -126,16 +126,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
 
 
+def first_process() -> bool:
+    """Whether this process writes: the only one of its run, or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold an exclusive lock on `path`; released by the system even when the process is killed.
 
-    Another holder is waited for, or is a `RunError` that names its process. Of the processes that a launcher
-    starts for one run, the first holds it for all.
+    Another holder is waited for, or is a `RunError` that names its process.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        yield
-        return
     with os_errors(path, "lock"):
         path.parent.mkdir(parents=True, exist_ok=True)
         stream: IO[str] = path.open("a+", encoding="utf-8")
@@ -202,9 +203,15 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
 
 
 @contextmanager
-def open_stage(stage: Stage) -> Iterator[Path]:
-    """Lock the run folder and give the stage's own folder, created if need be."""
-    with locked(stage.run / ".lock"):
+def open_stage(stage: Stage, parallel: bool = False) -> Iterator[Path]:
+    """Lock the run folder and give the stage's own folder, created if need be.
+
+    Of the processes that a launcher starts for one `parallel` stage, the first holds the lock for all; any other
+    stage in several processes is a `UsageError`.
+    """
+    if not parallel and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError(f"only train takes several processes: call {stage.name} without a launcher")
+    with locked(stage.run / ".lock") if first_process() else nullcontext():
         with os_errors(stage.path, "create"):
             stage.path.mkdir(parents=True, exist_ok=True)
         yield stage.path

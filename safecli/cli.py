@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_
 import typer
 
 from safecli import __version__
+from safecli.artifacts import first_process
 from safecli.config import (
     CollectOptions,
     CostOptions,
@@ -144,7 +145,7 @@ def _call(
     from safecli.console import TerminalReporter
 
     warnings.simplefilter("ignore", FutureWarning)
-    report = TerminalReporter(common["quiet"])
+    report = TerminalReporter(common["quiet"] or not first_process())
     try:
         body(
             chosen,
@@ -257,7 +258,9 @@ def train(options: TrainOptions, call: Call) -> None:
     if call.dry_run:
         _show(call, "would train", stage.preview(options, call.report))
         return
-    _show(call, "trained", asdict(stage.train(options, call.report)))
+    trained = stage.train(options, call.report)
+    if first_process():
+        _show(call, "trained", asdict(trained))
 
 
 @command(app, "eval", EvalOptions, "eval")

@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -629,14 +630,15 @@ def test_a_huge_learning_rate_is_collapse_at_the_first_probe(run_cli: Cli, tmp_p
 # Signals
 
 
-def start(*arguments: Any) -> subprocess.Popen[str]:
+def start(*arguments: Any, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """Start a command; a shell that put the tests in the background has made its children deaf to Ctrl-C."""
 
     def hear() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     command = [sys.executable, "-m", "safecli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=hear)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, **pipes, preexec_fn=hear, env=env)
 
 
 def stop(process: subprocess.Popen[str], number: signal.Signals, when: Callable[[], bool]) -> str:
@@ -754,3 +756,28 @@ def test_a_second_run_in_the_folder_is_told_the_first_ones_process(
         failed(run_cli(*command), 5, f"process {first.pid}", "--run")
         first.kill()
     done(run_cli(*command))
+
+
+def test_two_processes_take_the_step_that_two_halves_of_a_batch_take(
+    run_cli: Cli, tmp_path: Path, tiny: Path, records: Path
+) -> None:
+    def command(run: str) -> tuple[Any, ...]:
+        return training(tmp_path / run, tiny, records, "--steps", 1)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = [{"RANK": number, "LOCAL_RANK": number} for number in "01"]
+    both = [start(*command("two"), env=os.environ | meeting | rank) for rank in ranks]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    done(run_cli(*command("one"), "--accumulate", 2))
+    assert (only(tmp_path, "two/train-*") / "adapter" / "adapter_model.safetensors").exists()
+    one, two = (json.loads(only(tmp_path, f"{run}/train-*/metrics.jsonl").read_text()) for run in ("one", "two"))
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+
+
+def test_only_train_takes_several_processes(
+    run_cli: Cli, tmp_path: Path, tiny: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    failed(run_cli(*collecting(tmp_path / "run", tiny, prompts)), 2, "call collect without a launcher")

@@ -28,6 +28,7 @@ from safecli.artifacts import (
     atomic,
     atomic_folder,
     fingerprint,
+    first_process,
     newest,
     open_stage,
     os_errors,
@@ -80,14 +81,14 @@ def train(options: TrainOptions, report: Reporter | None = None) -> Trained:
     """
     report = report or Reporter()
     options, records, stage = _prepare(options, report)
-    with open_stage(stage):
+    with open_stage(stage, parallel=True):
         if stage.done:
             report.say(f"already trained: {stage.path / 'adapter'}")
+            result = read_manifest(stage.manifest_path, "train")["result"]
         else:
-            stage.finish(_train(options, records, stage, report))
-            for left in stage.path.glob("checkpoint-*"):
-                shutil.rmtree(left)
-    result = read_manifest(stage.manifest_path, "train")["result"]
+            result = _train(options, records, stage, report)
+            if first_process():
+                _finish(options, result, stage)
     return Trained(adapter=stage.path / "adapter", **result)
 
 
@@ -162,18 +163,22 @@ def _train(options: TrainOptions, records: dict[str, Any], stage: Stage, report:
         raise RunError("out of memory in training: use --batch-size 2 --accumulate 2, or fewer --max-tokens") from error
     if watch.best is None:
         raise RunError(f"training collapsed before the first probe ({watch.collapse}): lower --lr or --strength")
-    result = {
+    return {
         "step": watch.best,
         "collapsed": watch.collapse,
         "examples": {kind: len(found) for kind, found in made.items()},
         "metrics": watch.last,
         "minutes": round((time.monotonic() - started) / 60, 2),
     }
+
+
+def _finish(options: TrainOptions, result: dict[str, Any], stage: Stage) -> None:
     plot_metrics(stage.path / "metrics.jsonl", stage.path / "metrics.png")
-    card = model_card(options, result)
     with atomic(stage.path / "adapter" / "README.md") as beside:
-        beside.write_text(card, encoding="utf-8")
-    return result
+        beside.write_text(model_card(options, result), encoding="utf-8")
+    stage.finish(result)
+    for left in stage.path.glob("checkpoint-*"):
+        shutil.rmtree(left)
 
 
 def _with_lora(model: Any, options: TrainOptions) -> Any:
@@ -231,6 +236,7 @@ def _trainer(
         report_to=options.report_to or "none",
         remove_unused_columns=False,
         dataloader_drop_last=True,
+        ddp_find_unused_parameters=False,
         disable_tqdm=True,
         log_level="error",
         use_cpu=model.device.type == "cpu",
@@ -337,7 +343,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         """Drop metrics later than the step that training goes on from."""
         path = self.folder / "metrics.jsonl"
         rows = [row for row in read_metrics(path) if row["step"] <= step]
-        if path.exists():
+        if path.exists() and first_process():
             with atomic(path) as beside:
                 beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
         if rows:
@@ -349,17 +355,18 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any
     ) -> None:
         """Append the step's metrics to `metrics.jsonl`."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        if not logs or "loss" not in logs:
             return
         self.last = {name: round(float(value), 6) for name, value in logs.items()}
+        if not first_process():
+            return
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": state.global_step, **self.last}) + "\n")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Report progress; at every probe keep the adapter if it is healthy, else stop."""
         step, every = state.global_step, self.options.probe_every
-        if state.is_world_process_zero:
-            self.report.progress("train", step, state.max_steps)
+        self.report.progress("train", step, state.max_steps)
         if step != state.max_steps and not (every and step % every == 0):
             return
         if not all(weight.isfinite().all() for weight in self.model.model.parameters() if weight.requires_grad):
@@ -369,10 +376,11 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         if self.collapse:
             self.report.warn(f"collapse at step {step}: {self.collapse}. The adapter of step {self.best} is kept.")
             control.should_training_stop, control.should_save = True, False
-        elif state.is_world_process_zero:
+            return
+        if first_process():
             with atomic_folder(self.folder / "adapter") as beside:
                 self.model.model.save_pretrained(beside)
-            self.best = step
+        self.best = step
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
