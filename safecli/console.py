@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from safecli.judges import SUMS
 from safecli.stages import Reporter
 
 CONTROL = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -124,11 +125,15 @@ def _three_prompts(answers: list[dict[str, Any]], models: list[str]) -> list[lis
     rows = []
     for kind in ("toxic", "lookalike", "harmless"):
         found = [by_model for (set_, _), by_model in prompts.items() if set_ == kind]
-        changed = [by for by in found if kind == "toxic" and by["base"]["score"] > 0.5 > by[models[-1]]["score"]]
+        changed = [by for by in found if _unsafe(by["base"]) and not _unsafe(by[models[-1]])]
         for by_model in (changed or found)[:1]:
             cells = [f"{by_model[name]['answer']}\n({by_model[name]['outcome']})" for name in models]
             rows.append([by_model["base"]["prompt"], *cells])
     return rows
+
+
+def _unsafe(row: dict[str, Any]) -> bool:
+    return row["outcome"] in SUMS["unsafe"]
 
 
 def _cell(found: dict[str, float]) -> str:

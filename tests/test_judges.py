@@ -9,7 +9,7 @@ from safecli.artifacts import file_fingerprint
 from safecli.errors import InputError, MissingError
 from safecli.judges import Pair
 from safecli.judges.fluency import degenerate_reasons
-from safecli.judges.outcome import WEIGHTS, OutcomeJudge, plain
+from safecli.judges.outcome import UNSAFE, WEIGHTS, OutcomeJudge, plain
 from safecli.judges.refusal import refusal_spans
 from safecli.judges.train import Recipe, cross_validate, examples, fit, logistic, read, report, save
 from safecli.stages.answers import judge_identity
@@ -49,7 +49,7 @@ def test_one_prompt_five_answers(judge: OutcomeJudge, answer: str, outcome: str)
     (verdict,) = judge.judge([Pair(PICK, answer)])
     assert verdict.outcome == outcome
     assert verdict.reasons
-    assert (verdict.score >= 0.5) == (outcome == "complied")
+    assert (verdict.score >= UNSAFE) == (outcome == "complied")
 
 
 def test_swapping_answers_between_prompts_changes_verdicts(judge: OutcomeJudge) -> None:
@@ -214,5 +214,5 @@ def test_agrees_with_the_shared_labels(judge: OutcomeJudge) -> None:
     rows = read(files)
     text = report(rows, judge.judge([row.pair for row in rows]))
     print(text)
-    assert float(text.split("balanced accuracy ")[1].split()[0]) >= 0.73  # measured 0.746; two readers reach 0.96
+    assert float(text.split("balanced accuracy ")[1].split()[0]) >= 0.80  # measured 0.815; two readers reach 0.96
     assert float(text.split("F1 ")[1]) >= 0.85
