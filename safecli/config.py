@@ -119,8 +119,8 @@ class TrainOptions(CostOptions):
     general_loss: Literal["kl", "sft"] | None = Field(
         None, description="On general data: KL to the base model, or cross-entropy. By recipe."
     )
-    general_weight: float | None = Field(None, ge=0, description="Weight of the general loss; by recipe 10 or 1.")
-    safe_weight: float = Field(1.0, ge=0, description="Weight of the cross-entropy on own safe answers.")
+    general_weight: float | None = Field(None, ge=0, description="Weight of the general loss; by recipe 6 or 1.")
+    safe_weight: float = Field(0.5, ge=0, description="Weight of the cross-entropy on own safe answers.")
     steps: int = Field(30, ge=1, description="Optimiser steps.")
     batch_size: int = Field(4, ge=1, description="Examples of each kind per step and device.")
     accumulate: int = Field(1, ge=1, description="Micro-batches per step.")
@@ -149,7 +149,7 @@ class RunPlan(Options):
     """Options of `safecli run` itself; the stages have their own tables."""
 
     rounds: int = Field(1, ge=0, description="Times to sample the tuned model, judge it, and train on.")
-    round_samples: int = Field(2, ge=1, description="Answers per toxic prompt in a round.")
+    round_samples: int = Field(1, ge=1, description="Answers per toxic prompt in a round.")
     round_temperature: float = Field(0.7, gt=0, description="Sampling temperature in a round.")
 
 

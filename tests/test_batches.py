@@ -252,10 +252,11 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(
     torch.testing.assert_close(several, whole, atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("general_loss", ["kl", "sft"])
 def test_the_loss_is_the_formula_on_every_example_by_itself(
-    tiny: LanguageModel, cost: DenseCost, tmp_path: Path
+    tiny: LanguageModel, cost: DenseCost, tmp_path: Path, general_loss: str
 ) -> None:
-    trainer = _training(tiny, cost, tmp_path, batch_size=4, tokens="first:3")
+    trainer = _training(tiny, cost, tmp_path, batch_size=4, tokens="first:3", general_loss=general_loss)
     units = [trainer.train_dataset[i] for i in range(4)]
     found = trainer.compute_loss(trainer.model, trainer.data_collator(units))
     options, model = trainer.options, trainer.model.eval()
@@ -275,7 +276,9 @@ def test_the_loss_is_the_formula_on_every_example_by_itself(
             with model.disable_adapter():
                 careful, base = predicted(unsafe.reference, cut), predicted(general.prompt, general.answer)
             moved = emd.exact_onehot(p.exp(), torch.arange(len(cut)), cost.rows(torch.tensor(cut)).double())
-            expected += options.general_weight * divergence(base, plain)
+            learned = plain[torch.arange(len(general.answer)), general.answer]
+            term = divergence(base, plain) if general_loss == "kl" else -learned.mean()
+            expected += options.general_weight * term
             expected += divergence(p, careful) - options.strength * moved.mean()
             own = predicted(safe.prompt, safe.answer)
             expected -= options.safe_weight * own[torch.arange(len(safe.answer)), safe.answer].mean()

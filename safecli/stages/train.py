@@ -56,7 +56,7 @@ from safecli.stages.card import model_card
 from safecli.stages.probe import Probe
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "safecli": {"anchored": True, "strength": 10.0, "tokens": "first:16", "general_loss": "kl", "general_weight": 10.0},
+    "safecli": {"anchored": True, "strength": 10.0, "tokens": "first:16", "general_loss": "sft", "general_weight": 6.0},
     "paper": {"anchored": False, "strength": 1.0, "tokens": "all", "general_loss": "sft", "general_weight": 1.0},
 }
 
