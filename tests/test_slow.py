@@ -24,6 +24,7 @@ PLAN = """
 run = "{run}"
 model = "demo"
 rounds = 1
+round_samples = 2
 limit = 6
 max_new_tokens = 12
 
