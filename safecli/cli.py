@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_
 import typer
 
 from safecli import __version__
-from safecli.artifacts import first_process
 from safecli.config import (
     CollectOptions,
     CostOptions,
@@ -142,6 +141,7 @@ def _call(
     content = read_toml(common["config"]) if common["config"] else {}
     flags = {key: value for key, value in given.items() if value not in (None, [])}
     chosen = build(options, stage_values(content, table, options) | flags)
+    from safecli.artifacts import first_process
     from safecli.console import TerminalReporter
 
     warnings.simplefilter("ignore", FutureWarning)
@@ -253,6 +253,7 @@ def show_cost(options: CostOptions, call: Call, token: str, count: int) -> None:
 @command(app, "train", TrainOptions, "train")
 def train(options: TrainOptions, call: Call) -> None:
     """Train a LoRA adapter that moves away from the unsafe answers (TA-SFT)."""
+    from safecli.artifacts import first_process
     from safecli.stages import train as stage
 
     if call.dry_run:

@@ -214,5 +214,5 @@ def test_agrees_with_the_shared_labels(judge: OutcomeJudge) -> None:
     rows = read(files)
     text = report(rows, judge.judge([row.pair for row in rows]))
     print(text)
-    assert float(text.split("balanced accuracy ")[1].split()[0]) >= 0.80  # measured 0.815; two readers reach 0.96
+    assert float(text.split("balanced accuracy ")[1].split()[0]) >= 0.80  # measured 0.812; two readers reach 0.96
     assert float(text.split("F1 ")[1]) >= 0.85

@@ -19,7 +19,7 @@ from torch.nn import functional
 from safecli.artifacts import atomic, file_fingerprint
 from safecli.errors import InputError
 from safecli.judges import SUMS, Pair, Verdict
-from safecli.judges.outcome import FORMAT, HEADS, OUTCOMES, WEIGHTS, OutcomeJudge, Reader, head_of, verdict
+from safecli.judges.outcome import FORMAT, HEADS, OUTCOMES, WEIGHTS, OutcomeJudge, Reader, by_heads, by_rules, head_of
 from safecli.records import read_jsonl
 from safecli.stats import kappa
 
@@ -173,7 +173,7 @@ def cross_validate(rows: Sequence[Labelled], data: Examples, recipe: Recipe, cou
         held = frozenset(prompts[k::count])
         heads = fit(data, recipe, held)
         own = [i for i, row in enumerate(rows) if row.pair.prompt in held]
-        verdicts |= {i: verdict(rows[i].pair, data.features[i], heads) for i in own}
+        verdicts |= {i: by_rules(rows[i].pair) or by_heads(rows[i].pair, data.features[i], heads) for i in own}
     return [verdicts[i] for i in range(len(rows))]
 
 
