@@ -65,7 +65,7 @@ def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     if choices:
         shown = f" Choices: {', '.join(choices)}.{shown}"
     flag = f"--{name.replace('_', '-')}"
-    names = [f"{flag}/--no-{flag[2:]}"] if inner is bool and field.default is not False else [flag]
+    names = [f"{flag}/--no-{flag[2:]}"] if inner is bool else [flag]
     option = typer.Option(
         *names, help=f"{field.description}{shown}", show_default=False, metavar="<choice>" if choices else None
     )
