@@ -124,9 +124,11 @@ class TrainOptions(CostOptions):
     steps: int = Field(30, ge=1, description="Optimiser steps.")
     batch_size: int = Field(4, ge=1, description="Examples of each kind per step and device.")
     accumulate: int = Field(1, ge=1, description="Micro-batches per step.")
-    lr: float = Field(4e-4, gt=0, description="Peak learning rate; warm-up over a tenth, then linear decay.")
+    lr: float = Field(6e-4, gt=0, description="Peak learning rate; warm-up over a tenth, then linear decay.")
     lora_rank: int = Field(8, ge=1, description="Rank of the LoRA adapter.")
-    lora_targets: str = Field("all-linear", description="Modules that get LoRA: all-linear, or names with commas.")
+    lora_targets: str = Field(
+        "attention", description="Layers that get LoRA: attention, all-linear, or names with commas."
+    )
     max_tokens: int = Field(256, ge=8, description="Longest example, in tokens; longer answers are cut.")
     probe_every: int = Field(15, ge=0, description="Steps between probes for collapse on dev prompts; 0: never.")
     max_kl: float = Field(1.0, gt=0, description="KL to base on harmless dev answers that counts as collapse.")
@@ -150,7 +152,7 @@ class RunPlan(Options):
 
     rounds: int = Field(1, ge=0, description="Times to sample the tuned model, judge it, and train on.")
     round_samples: int = Field(1, ge=1, description="Answers per toxic prompt in a round.")
-    round_temperature: float = Field(0.7, gt=0, description="Sampling temperature in a round.")
+    round_temperature: float = Field(0.3, gt=0, description="Sampling temperature in a round.")
 
 
 OptionsT = TypeVar("OptionsT", bound=BaseModel)

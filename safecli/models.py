@@ -17,10 +17,11 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+from transformers.pytorch_utils import Conv1D
 
 from safecli.artifacts import atomic_folder, file_fingerprint, fingerprint, locked
 from safecli.config import ModelOptions, cache_dir
-from safecli.errors import InputError, MissingError, RunError, SafecliError
+from safecli.errors import InputError, MissingError, RunError, SafecliError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -290,6 +291,21 @@ def attach_adapter(model: Any, adapter: Path, trainable: bool = False, name: str
         ) from error
     except (SafetensorError, TypeError) as error:
         raise InputError(f"the adapter {adapter} can't be read: {_first_line(error)}") from error
+
+
+def attention_layers(model: Any) -> list[str]:
+    """Names of the linear layers inside attention blocks, such as `q_proj`; `UsageError` where there are none.
+
+    A name that layers outside attention share (GPT-2's `c_proj`) is left out.
+    """
+    inside, outside = set(), set()
+    for path, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)):
+            *_, block, name = ["", *path.split(".")]
+            (inside if "att" in block else outside).add(name)
+    if not inside - outside:
+        raise UsageError(f"no attention layers found in {model.config._name_or_path}: give --lora-targets all-linear")
+    return sorted(inside - outside)
 
 
 def adapter_fingerprint(adapter: Path) -> str:

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from safecli.config import CAREFUL, ModelOptions
-from safecli.errors import InputError, MissingError
+from safecli.errors import InputError, MissingError, UsageError
 from safecli.models import (
     ALPACA,
     LanguageModel,
     Request,
+    attention_layers,
     fitting_batch,
     generate,
     pick_device,
@@ -158,3 +160,27 @@ def test_a_device_that_is_not_here_is_missing() -> None:
     assert pick_device("cpu") == torch.device("cpu")
     with pytest.raises(MissingError, match="device 'warp:9' is not available"):
         pick_device("warp:9")
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("llama", ["k_proj", "o_proj", "q_proj", "v_proj"]),
+        ("phi3", ["o_proj", "qkv_proj"]),
+        ("gpt2", ["c_attn"]),
+        ("gpt_neox", ["dense", "query_key_value"]),
+        ("bloom", ["dense", "query_key_value"]),
+        ("opt", ["k_proj", "out_proj", "q_proj", "v_proj"]),
+    ],
+)
+def test_attention_layers_are_found_by_the_block_they_lie_in(family: str, names: list[str]) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family))
+    assert attention_layers(model) == names
+
+
+def test_a_model_without_attention_says_what_to_give_instead() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", num_hidden_layers=1))
+    with pytest.raises(UsageError, match="--lora-targets all-linear"):
+        attention_layers(model)

@@ -44,6 +44,7 @@ from safecli.models import (
     LanguageModel,
     adapter_fingerprint,
     attach_adapter,
+    attention_layers,
     is_out_of_memory,
     last_hidden,
     load_model,
@@ -187,10 +188,13 @@ def _with_lora(model: Any, options: TrainOptions) -> Any:
     if options.init_adapter is not None:
         return attach_adapter(model, options.init_adapter, trainable=True)
     targets = options.lora_targets
+    layers: str | list[str] = targets if targets == "all-linear" else targets.split(",")
+    if targets == "attention":
+        layers = attention_layers(model)
     config = LoraConfig(
         r=options.lora_rank,
         lora_alpha=2 * options.lora_rank,
-        target_modules=targets if targets == "all-linear" else targets.split(","),
+        target_modules=layers,
         task_type="CAUSAL_LM",
     )
     try:
