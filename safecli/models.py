@@ -298,11 +298,12 @@ def attention_layers(model: Any) -> list[str]:
 
     A name that layers outside attention share (GPT-2's `c_proj`) is left out.
     """
-    inside, outside = set(), set()
+    inside: set[str] = set()
+    outside: set[str] = set()
     for path, module in model.named_modules():
         if isinstance(module, (torch.nn.Linear, Conv1D)):
-            *_, block, name = ["", *path.split(".")]
-            (inside if "att" in block else outside).add(name)
+            parent, _, name = path.rpartition(".")
+            (inside if "att" in parent.rpartition(".")[2] else outside).add(name)
     if not inside - outside:
         raise UsageError(f"no attention layers found in {model.config._name_or_path}: give --lora-targets all-linear")
     return sorted(inside - outside)
