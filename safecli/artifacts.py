@@ -206,6 +206,7 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
 def open_stage(stage: Stage, parallel: bool = False) -> Iterator[Path]:
     """Lock the run folder and give the stage's own folder, created if need be.
 
+    A stage that is done already becomes the newest of its name: what was asked for last is what the next stage takes.
     Of the processes that a launcher starts for one `parallel` stage, the first holds the lock for all; any other
     stage in several processes is a `UsageError`.
     """
@@ -214,6 +215,8 @@ def open_stage(stage: Stage, parallel: bool = False) -> Iterator[Path]:
     with locked(stage.run / ".lock") if first_process() else nullcontext():
         with os_errors(stage.path, "create"):
             stage.path.mkdir(parents=True, exist_ok=True)
+            if stage.done and first_process():
+                stage.manifest_path.touch()
         yield stage.path
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Optional, Union, get_args, get_origin
 
 import typer
 
@@ -24,6 +24,7 @@ from safecli.config import (
     RunPlan,
     TrainOptions,
     build,
+    choices,
     override,
     read_toml,
     stage_values,
@@ -61,13 +62,13 @@ def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     if get_origin(inner) not in (list, None) and type(None) in get_args(inner):
         inner = Union[tuple(arg for arg in get_args(inner) if arg is not type(None))]  # noqa: UP007
     shown = "" if field.default in (None, []) else f" Default: {field.default}"
-    choices = get_args(inner) if get_origin(inner) is Literal else ()
-    if choices:
-        shown = f" Choices: {', '.join(choices)}.{shown}"
+    allowed = choices(field)
+    if allowed:
+        shown = f" Choices: {', '.join(allowed)}.{shown}"
     flag = f"--{name.replace('_', '-')}"
     names = [f"{flag}/--no-{flag[2:]}"] if inner is bool else [flag]
     option = typer.Option(
-        *names, help=f"{field.description}{shown}", show_default=False, metavar="<choice>" if choices else None
+        *names, help=f"{field.description}{shown}", show_default=False, metavar="<choice>" if allowed else None
     )
     annotation = Annotated[Optional[inner], option]  # noqa: UP045
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -211,7 +212,7 @@ def collect(options: CollectOptions, call: Call) -> None:
 
 
 def _build_cost(options: CostOptions, call: Call) -> None:
-    """Build a semantic token cost (the same as `safecli cost build`)."""
+    """Build a semantic token cost; `safecli cost` alone is the same as `safecli cost build`."""
     from safecli.stages import cost as stage
 
     if call.dry_run:

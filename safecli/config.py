@@ -12,9 +12,10 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from safecli.errors import InputError, UsageError
 
@@ -147,8 +148,8 @@ class EvalOptions(GenerateOptions):
     fail_if: list[str] = Field([], description="Gate such as 'toxic.unsafe > 0.2'; repeatable; exit code 1.")
 
 
-class RunPlan(Options):
-    """Options of `safecli run` itself; the stages have their own tables."""
+class RunPlan(ModelOptions):
+    """Options of `safecli run` itself and those that all stages share; the stages have their own tables."""
 
     rounds: int = Field(1, ge=0, description="Times to sample the tuned model, judge it, and train on.")
     round_samples: int = Field(1, ge=1, description="Answers per toxic prompt in a round.")
@@ -250,14 +251,23 @@ def commented_toml() -> str:
         lines += _toml_lines(fields)
     for table, options in TABLES.items():
         own = {name: field for name, field in options.model_fields.items() if name not in shared}
-        lines += ["", f"[{table}]", *_toml_lines(own)]
+        note = "  # train takes its cost from here" if table == "cost" else ""
+        lines += ["", f"[{table}]{note}", *_toml_lines(own)]
+        shared += own if table == "cost" else []
     return "\n".join(lines) + "\n"
 
 
 def _toml_lines(fields: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, field in fields.items():
-        default = field.default
+        default, allowed = field.default, choices(field)
         value = json.dumps(default, default=str) if default is not None else '""'
-        lines += [f"# {field.description}", f"# {name} = {value}" + ("  # not set" if default is None else "")]
+        shown = f" Choices: {', '.join(allowed)}." if allowed else ""
+        lines += [f"# {field.description}{shown}", f"# {name} = {value}" + ("  # not set" if default is None else "")]
     return lines
+
+
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """The values that an option is restricted to; empty where it is open."""
+    inner = [field.annotation, *get_args(field.annotation)]
+    return next((get_args(one) for one in inner if get_origin(one) is Literal), ())

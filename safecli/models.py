@@ -114,6 +114,7 @@ def _dequantised(gguf: Path) -> Path:
         if target.exists():
             return target
         logger.info("de-quantising %s into %s (once)", gguf.name, target)
+        transformers.utils.logging.disable_progress_bar()
         try:
             quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -143,7 +144,7 @@ def pick_device(device: str) -> torch.device:
         picked = torch.device(device)
         torch.empty(0, device=picked)
     except (RuntimeError, AssertionError) as error:
-        raise MissingError(f"device '{device}' is not available here: {_first_line(error)}") from error
+        raise MissingError(f"device '{device}' is not available here: give auto, cpu, cuda, cuda:N or mps") from error
     return picked
 
 
@@ -282,12 +283,13 @@ def attach_adapter(model: Any, adapter: Path, trainable: bool = False, name: str
     adapter_fingerprint(adapter)
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(model, adapter, adapter_name=name, is_trainable=trainable).eval()
     except (RuntimeError, ValueError, KeyError, UserWarning) as error:
         raise InputError(
-            f"the adapter {adapter} was made for another base model than {model.config._name_or_path}: "
-            f"{_first_line(error)}"
+            f"the adapter {adapter} was made for another base model than {model.config._name_or_path}, or is damaged: "
+            f"{' '.join(line.strip() for line in str(error).splitlines()[:2])}"
         ) from error
     except (SafetensorError, TypeError) as error:
         raise InputError(f"the adapter {adapter} can't be read: {_first_line(error)}") from error
@@ -313,7 +315,8 @@ def adapter_fingerprint(adapter: Path) -> str:
     """Identify a LoRA adapter by its weights; `InputError` where a file of it is missing."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (adapter / name).is_file():
-            raise InputError(f"{adapter} is not a LoRA adapter: it has no {name}")
+            inner = f": give {adapter / 'adapter'}" if (adapter / "adapter" / name).is_file() else ""
+            raise InputError(f"{adapter} is not a LoRA adapter: it has no {name}{inner}")
     return file_fingerprint(adapter / "adapter_model.safetensors")
 
 

@@ -74,26 +74,26 @@ def read_prompts(source: str | Sequence[str], kind: Set, column: str | None = No
     """Read prompts from JSONL, JSON, CSV, plain text (one per line), or a `datasets` id; from one or from several.
 
     JSON is `{"instructions": [...]}`, a list of strings, or a list of objects; an `input` is put under its
-    instruction. Errors: `InputError` with file and line, `MissingError` where there is no such file or dataset.
+    instruction. Errors: `InputError` with file and line, `MissingError` where there is no such dataset.
     """
     prompts: list[Prompt] = []
     for one in [source] if isinstance(source, str) else source:
         before = len(prompts)
         for where, row in _rows(one):
-            text = row if isinstance(row, str) else _prompt_of(row, column, where)
+            text = row if isinstance(row, str) else _prompt_of(row, where, column)
             prompts.append(Prompt(id=f"{kind}-{len(prompts) + 1:04}", kind=kind, prompt=text, where=where))
         if len(prompts) == before:
             raise InputError(f"{one} holds no prompts: it is empty")
     return prompts
 
 
-def _prompt_of(row: Any, column: str | None, where: str) -> str:
+def _prompt_of(row: Any, where: str, column: str | None = None, mend: str = "use --prompt-column NAME") -> str:
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with a prompt, got {type(row).__name__}")
     name = column or next((name for name in PROMPT_COLUMNS if name in row), None)
     if name is None or name not in row:
         columns = ", ".join(map(str, row)) or "none"
-        raise InputError(f"{where}: no column '{name or 'prompt'}' (columns: {columns}): use --prompt-column NAME")
+        raise InputError(f"{where}: no column '{name or 'prompt'}' (columns: {columns}): {mend}")
     if not isinstance(row[name], str):
         raise InputError(f"{where}: '{name}' must be text, got {type(row[name]).__name__}")
     extra = row.get("input") if name == "instruction" else None
@@ -104,7 +104,7 @@ def _rows(source: str) -> Iterator[tuple[str, Any]]:
     path = Path(source).expanduser()
     if not path.exists():
         if path.suffix or source.startswith((".", "/", "~")):
-            raise MissingError(f"there is no file {source}")
+            raise InputError(f"there is no file {source}")
         yield from _dataset_rows(source)
         return
     text = read_text(path)
@@ -230,7 +230,7 @@ def usable(prompts: Sequence[Prompt], tokens: Sequence[int], longest: int) -> tu
 def read_responses(path: Path) -> list[Response]:
     """Read prompts with answers: our own records, or any JSONL, JSON or CSV with a prompt and an answer column."""
     if not path.exists():
-        raise MissingError(f"there is no file {path}")
+        raise InputError(f"there is no file {path}")
     responses = []
     for where, row in _rows(str(path)):
         if not isinstance(row, dict):
@@ -239,7 +239,8 @@ def read_responses(path: Path) -> list[Response]:
         if name is None:
             raise InputError(f"{where}: no answer (one of the columns {', '.join(ANSWER_COLUMNS)})")
         try:
-            responses.append(Response(**(row | {"prompt": _prompt_of(row, None, where), "answer": row[name]})))
+            prompt = _prompt_of(row, where, mend=f"call it one of {', '.join(PROMPT_COLUMNS)}")
+            responses.append(Response(**(row | {"prompt": prompt, "answer": row[name]})))
         except ValidationError as error:
             first = error.errors()[0]
             raise InputError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

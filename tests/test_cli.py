@@ -97,7 +97,7 @@ def test_help_shows_the_commands_without_arguments_too(run_cli: Run) -> None:
         (["collect", "--prompts", "bad.jsonl", "--dry-run"], 3, r"bad\.jsonl:1"),
         (["collect", "--model", "."], 3, "no config.json"),
         (["train", "--run", "nowhere"], 3, "safecli collect"),
-        (["collect", "--prompts", "none.txt"], 4, "no file none.txt"),
+        (["collect", "--prompts", "none.txt"], 3, "no file none.txt"),
         (["collect", "--model", "./none"], 4, "no model at"),
         (["collect", "--judge", "outcome", "--model", "owner/no-such-model"], 4, "can't be loaded"),
     ],
@@ -168,6 +168,8 @@ def test_flags_and_file_meet_in_the_options(run_cli: Run, tmp_path: Path, monkey
     assert {options["seed"] for options in plan.values()} == {5}
     plan = json.loads(run_cli("cost", "--config", "s.toml", "--dry-run", "--json", "--trust-remote-code").stdout)
     assert (plan["trust_remote_code"], plan["seed"]) == (True, 1)
+    plan = json.loads(run_cli("run", "--config", "s.toml", "--dry-run", "--json", "--model", "X").stdout)
+    assert {plan[stage]["model"] for stage in ("collect", "train", "eval")} == {"X"}
     Path("t.toml").write_text("trust_remote_code = true\n")
     plan = json.loads(run_cli("cost", "--config", "t.toml", "--dry-run", "--json", "--no-trust-remote-code").stdout)
     assert not plan["trust_remote_code"]

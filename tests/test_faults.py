@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from safecli.artifacts import Stage
+from safecli.artifacts import Stage, newest
 from safecli.config import cache_dir
 from safecli.errors import RunError
 from safecli.models import LanguageModel, Request, generate, halving
@@ -270,6 +270,26 @@ def test_an_adapter_of_another_base_is_refused(
     failed(run_cli(*collecting(run, tiny, prompts, "--adapter", adapter)), 3, str(adapter), "another base")
     failed(run_cli(*training(run, tiny, records, "--init-adapter", adapter)), 3, str(adapter), "another base")
     failed(run_cli(*evaluating(run, tiny, prompts, "--adapter", adapter)), 3, str(adapter), "another base")
+    assert not list(run.glob("eval-*/answers-*.jsonl"))
+    failed(run_cli(*evaluating(run, tiny, prompts, "--adapter", tmp_path)), 3, f"give {adapter}")
+
+
+def test_without_harmless_prompts_there_is_no_general_loss(
+    run_cli: Cli, tmp_path: Path, tiny: Path, prompts: Path
+) -> None:
+    found = json.loads(done(run_cli(*evaluating(tmp_path / "run", tiny, prompts, "--json"))).stdout)
+    assert found["models"]["base"]["general_loss"] is None
+    assert Path(found["report"]).is_file()
+
+
+def test_what_was_asked_for_last_is_the_newest(run_cli: Cli, tmp_path: Path, tiny: Path, prompts: Path) -> None:
+    run = tmp_path / "run"
+    done(run_cli(*collecting(run, tiny, prompts)))
+    first = newest(run, "collect")
+    done(run_cli(*collecting(run, tiny, prompts, "--seed", 1)))
+    assert newest(run, "collect") != first
+    done(run_cli(*collecting(run, tiny, prompts)))
+    assert newest(run, "collect") == first
 
 
 def test_an_adapter_that_does_not_cover_the_model_is_refused(
@@ -367,7 +387,7 @@ def test_a_bom_and_windows_line_ends_are_read(run_cli: Cli, tmp_path: Path, tiny
 def test_prompts_that_are_a_folder_or_not_there(run_cli: Cli, tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "folder").mkdir()
     failed(run_cli(*collecting(tmp_path, tiny, tmp_path / "folder")), 3, "folder")
-    failed(run_cli(*collecting(tmp_path, tiny, tmp_path / "no.jsonl")), 4, "no.jsonl")
+    failed(run_cli(*collecting(tmp_path, tiny, tmp_path / "no.jsonl")), 3, "no.jsonl")
 
 
 @pytest.mark.parametrize(

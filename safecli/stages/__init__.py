@@ -12,6 +12,9 @@ logger = logging.getLogger("safecli")
 
 ModelOptionsT = TypeVar("ModelOptionsT", bound=ModelOptions)
 
+FEW = 20
+"""Fewer unsafe answers than this are too few to learn from."""
+
 INHERITED = ("model", "revision", "template", "system", "trust_remote_code")
 
 

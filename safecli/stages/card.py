@@ -6,6 +6,7 @@ from typing import Any
 
 from safecli import __version__
 from safecli.config import TrainOptions
+from safecli.models import DEMO_HUB
 
 TEMPLATE = """---
 base_model: {model}
@@ -37,7 +38,8 @@ def model_card(options: TrainOptions, result: dict[str, Any]) -> str:
     return TEMPLATE.format(
         version=__version__,
         metrics=metrics,
-        **options.model_dump(include={"model", "recipe", "cost", "target", "tokens", "reference", "strength", "seed"}),
+        model=DEMO_HUB if options.model == "demo" else options.model,
+        **options.model_dump(include={"recipe", "cost", "target", "tokens", "reference", "strength", "seed"}),
         **result["examples"],
         step=result["step"],
         minutes=result["minutes"],

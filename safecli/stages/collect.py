@@ -12,10 +12,8 @@ from safecli.config import CollectOptions
 from safecli.judges import SUMS
 from safecli.models import adapter_fingerprint, load_model, source_fingerprint
 from safecli.records import Prompt, Response, prompts_fingerprint, read_prompts, shipped
-from safecli.stages import Reporter, inherit_model
+from safecli.stages import FEW, Reporter, inherit_model
 from safecli.stages.answers import Job, answer_all, checked, judge_identity, load_judge
-
-FEW = 20
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,8 @@ def evaluate(options: EvalOptions, report: Reporter | None = None) -> Evaluated:
         else:
             _evaluate(options, prompts, adapters, stage, report)
         results = read_json(stage.path / "results.json")
+        results["report"] = str(options.run / "report.html")
+        results["adapters"] = {name: str(path) for name, path in adapters.items()}
         results["gates"] = [
             {"expression": gate.expression, "model": name, "value": gate.value(model), "failed": gate.fails(model)}
             for gate in gates
@@ -185,8 +187,11 @@ def _evaluate(
     base = model.model
     kept, _ = checked([prompt for found in prompts.values() for prompt in found], model, options, report)
     jobs = [Job(prompt) for prompt in kept]
+    for adapter in adapters.values():
+        with _wearing(model, base, adapter):
+            report.say(f"{adapter} fits the model")
     answers: dict[str, list[Response]] = {}
-    losses: dict[str, float] = {}
+    losses: dict[str, float | None] = {}
     for name in ("base", *adapters):
         report.say(f"answering {len(jobs)} prompts with {name}")
         with _wearing(model, base, adapters.get(name)):
@@ -223,8 +228,8 @@ def _wearing(model: LanguageModel, base: Any, adapter: Path | None) -> Iterator[
 
 
 @torch.inference_mode()
-def general_loss(model: LanguageModel, base_answers: Sequence[Response], longest: int) -> float:
-    """Cross-entropy per token, in nats, of the base's own fluent answers to harmless prompts."""
+def general_loss(model: LanguageModel, base_answers: Sequence[Response], longest: int) -> float | None:
+    """Cross-entropy per token, in nats, of the base's own fluent answers to harmless prompts; None without any."""
     texts = [r for r in base_answers if r.kind != "toxic" and r.answer and r.outcome != "degenerate"]
     total, tokens = 0.0, 0
     for start in range(0, len(texts), LOSS_BATCH):
@@ -237,10 +242,10 @@ def general_loss(model: LanguageModel, base_answers: Sequence[Response], longest
         hidden = last_hidden(model.model, ids.to(model.device), mask.to(model.device))[torch.cat(at)]
         total += float(linear_cross_entropy(hidden, model.head, torch.tensor(targets, device=model.device)).sum())
         tokens += len(targets)
-    return total / max(tokens, 1)
+    return total / tokens if tokens else None
 
 
-def summarise(answers: dict[str, list[Response]], losses: dict[str, float]) -> dict[str, dict[str, Any]]:
+def summarise(answers: dict[str, list[Response]], losses: dict[str, float | None]) -> dict[str, dict[str, Any]]:
     """Rates of every outcome and sum by model and set, with general loss and similarity to the base's answers."""
     similar = _similarity(answers)
     found: dict[str, dict[str, Any]] = {}

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ from safecli.models import (
     source_fingerprint,
 )
 from safecli.records import Response
-from safecli.stages import Reporter, inherit_model
+from safecli.stages import FEW, Reporter, inherit_model
 from safecli.stages.batches import Collator, Mix, content_tokens, examples, first_tokens, training_records
 from safecli.stages.card import model_card
 from safecli.stages.probe import Probe
@@ -110,6 +111,8 @@ def _prepare(options: TrainOptions, report: Reporter) -> tuple[TrainOptions, dic
     records, paths = training_records(options, folder)
     for path in paths:
         report.say(f"records: {path}")
+    if len(records["unsafe"]) < FEW:
+        report.warn(f"only {len(records['unsafe'])} unsafe answers, fewer than {FEW}: expect little, or collect more")
     return options, records, Stage(options.run, "train", _identity(options, records))
 
 
@@ -198,7 +201,9 @@ def _with_lora(model: Any, options: TrainOptions) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise UsageError(f"--lora-targets {targets}: {error}") from error
     if any(weight.requires_grad for weight in adapted.get_output_embeddings().parameters()):
