@@ -66,7 +66,7 @@ def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     if allowed:
         shown = f" Choices: {', '.join(allowed)}.{shown}"
     flag = f"--{name.replace('_', '-')}"
-    names = [f"{flag}/--no-{flag[2:]}"] if inner is bool else [flag]
+    names = [f"{flag}/--no-{flag[2:]}"] if inner is bool and field.default is not False else [flag]
     option = typer.Option(
         *names, help=f"{field.description}{shown}", show_default=False, metavar="<choice>" if allowed else None
     )

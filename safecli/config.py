@@ -184,7 +184,8 @@ def _explain(options: type[BaseModel], problem: Any, where: str) -> str:
     name = ".".join(str(part) for part in problem["loc"]) or "value"
     if problem["type"] == "extra_forbidden":
         return f"{where}: unknown key '{name}'{nearest(name, options.model_fields)}"
-    return f"{where}: {name}: {problem['msg']} (got {problem.get('input')!r})"
+    option = f"--{name.replace('_', '-')}" if where == "options" else f"{where}: {name}"
+    return f"{option}: {problem['msg'].removeprefix('Value error, ')} (got {problem.get('input')!r})"
 
 
 def nearest(name: str, valid: Mapping[str, Any]) -> str:

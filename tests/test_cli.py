@@ -170,9 +170,6 @@ def test_flags_and_file_meet_in_the_options(run_cli: Run, tmp_path: Path, monkey
     assert (plan["trust_remote_code"], plan["seed"]) == (True, 1)
     plan = json.loads(run_cli("run", "--config", "s.toml", "--dry-run", "--json", "--model", "X").stdout)
     assert {plan[stage]["model"] for stage in ("collect", "train", "eval")} == {"X"}
-    Path("t.toml").write_text("trust_remote_code = true\n")
-    plan = json.loads(run_cli("cost", "--config", "t.toml", "--dry-run", "--json", "--no-trust-remote-code").stdout)
-    assert not plan["trust_remote_code"]
 
 
 def test_a_cost_is_built_and_shown(demo: LanguageModel, run_cli: Run, cache: Path, tmp_path: Path) -> None:
