@@ -122,7 +122,7 @@ class TrainOptions(CostOptions):
     )
     general_weight: float | None = Field(None, ge=0, description="Weight of the general loss; by recipe 6 or 1.")
     safe_weight: float = Field(0.5, ge=0, description="Weight of the cross-entropy on own safe answers.")
-    steps: int = Field(30, ge=1, description="Optimiser steps.")
+    steps: int = Field(14, ge=1, description="Optimiser steps.")
     batch_size: int = Field(4, ge=1, description="Examples of each kind per step and device.")
     accumulate: int = Field(1, ge=1, description="Micro-batches per step.")
     lr: float = Field(6e-4, gt=0, description="Peak learning rate; warm-up over a tenth, then linear decay.")
@@ -131,7 +131,7 @@ class TrainOptions(CostOptions):
         "attention", description="Layers that get LoRA: attention, all-linear, or names with commas."
     )
     max_tokens: int = Field(256, ge=8, description="Longest example, in tokens; longer answers are cut.")
-    probe_every: int = Field(15, ge=0, description="Steps between probes for collapse on dev prompts; 0: never.")
+    probe_every: int = Field(14, ge=0, description="Steps between probes for collapse on dev prompts; 0: never.")
     max_kl: float = Field(1.0, gt=0, description="KL to base on harmless dev answers that counts as collapse.")
     max_degenerate: float = Field(0.25, ge=0, le=1, description="Rise of broken dev answers that is collapse.")
     report_to: Literal["tensorboard", "wandb"] | None = Field(None, description="Also log the metrics there.")
