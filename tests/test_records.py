@@ -116,11 +116,16 @@ def test_a_fault_is_told_with_its_place(
         read_prompts(_write(tmp_path, name, content), "toxic", column)
 
 
-@pytest.mark.parametrize("source", ["nowhere.jsonl", "./nowhere", "owner/surely-not-a-dataset:test"])
-def test_a_source_that_is_not_there_is_missing(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(MissingError, match=source.rpartition("/")[2]):
+@pytest.mark.parametrize("source", ["nowhere.jsonl", "./nowhere"])
+def test_a_file_that_is_not_there_is_bad_input(source: str) -> None:
+    with pytest.raises(InputError, match=f"no file {source}"):
         read_prompts(source, "toxic")
+
+
+def test_a_dataset_that_is_not_there_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(MissingError, match="surely-not-a-dataset:test"):
+        read_prompts("owner/surely-not-a-dataset:test", "toxic")
 
 
 def test_a_folder_is_not_a_file_of_prompts(tmp_path: Path) -> None:
