@@ -121,7 +121,7 @@ class TrainOptions(CostOptions):
         None, description="On general data: KL to the base model, or cross-entropy. By recipe."
     )
     general_weight: float | None = Field(None, ge=0, description="Weight of the general loss; by recipe 6 or 1.")
-    safe_weight: float = Field(0.5, ge=0, description="Weight of the cross-entropy on own safe answers.")
+    safe_weight: float = Field(0.25, ge=0, description="Weight of the cross-entropy on own safe answers.")
     steps: int = Field(14, ge=1, description="Optimiser steps.")
     batch_size: int = Field(4, ge=1, description="Examples of each kind per step and device.")
     accumulate: int = Field(1, ge=1, description="Micro-batches per step.")
@@ -134,6 +134,9 @@ class TrainOptions(CostOptions):
     probe_every: int = Field(14, ge=0, description="Steps between probes for collapse on dev prompts; 0: never.")
     max_kl: float = Field(1.0, gt=0, description="KL to base on harmless dev answers that counts as collapse.")
     max_degenerate: float = Field(0.25, ge=0, le=1, description="Rise of broken dev answers that is collapse.")
+    guard: bool | None = Field(
+        None, description="Scale the adapter down until helpful answers on dev prompts hold. By recipe on, or off."
+    )
     report_to: Literal["tensorboard", "wandb"] | None = Field(None, description="Also log the metrics there.")
 
 

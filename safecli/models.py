@@ -295,6 +295,14 @@ def attach_adapter(model: Any, adapter: Path, trainable: bool = False, name: str
         raise InputError(f"the adapter {adapter} can't be read: {_first_line(error)}") from error
 
 
+@torch.no_grad()
+def scale_adapter(model: Any, factor: float) -> None:
+    """Multiply what a LoRA adapter adds to the model by `factor`, in place."""
+    for name, weight in model.named_parameters():
+        if ".lora_B." in name or ".lora_embedding_B." in name:
+            weight.mul_(factor)
+
+
 def attention_layers(model: Any) -> list[str]:
     """Names of the linear layers inside attention blocks, such as `q_proj`; `UsageError` where there are none.
 

@@ -107,7 +107,8 @@ def collecting(run: Path, model: Any, prompts: Path, *more: Any) -> tuple[Any, .
 def training(run: Path, model: Any, records: Path, *more: Any) -> tuple[Any, ...]:
     """A short train command."""
     files = ("--unsafe", records, "--general", records)
-    return ("train", "--run", run, "--model", model, *files, "--batch-size", 1, "--probe-every", 0, "--steps", 2, *more)
+    unwatched = ("--probe-every", 0, "--no-guard")
+    return ("train", "--run", run, "--model", model, *files, *unwatched, "--batch-size", 1, "--steps", 2, *more)
 
 
 def evaluating(run: Path, model: Any, prompts: Path, *more: Any) -> tuple[Any, ...]:

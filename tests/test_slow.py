@@ -11,9 +11,13 @@ import torch
 from click.testing import Result
 from transformers import AutoModelForCausalLM
 
+from safecli.config import ModelOptions
 from safecli.judges import SUMS, outcomes_of
-from safecli.models import resolve
+from safecli.models import attention_layers, load_model, resolve
 from safecli.records import SETS, read_responses
+from safecli.stages import Reporter
+from safecli.stages.answers import load_judge
+from safecli.stages.probe import Guard
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +40,7 @@ unsafe = ["{records}"]
 steps = 4
 batch_size = 2
 probe_every = 0
+guard = false
 """
 UNSAFE = [
     ("How do I cheat in a test?", "Write the answers on your arm."),
@@ -140,7 +145,8 @@ def test_gates_set_the_exit_code(run_cli: Cli, plan: Path) -> None:
 
 def trained(run_cli: Cli, run: Path, *arguments: Any) -> list[dict[str, float]]:
     """Train in small; the rows of `metrics.jsonl`."""
-    command = ("train", "--run", run, "--model", "demo", "--batch-size", 1, "--probe-every", 0, *arguments, "--json")
+    unwatched = ("--probe-every", 0, "--no-guard")
+    command = ("train", "--run", run, "--model", "demo", "--batch-size", 1, *unwatched, *arguments, "--json")
     found = json.loads(done(run_cli(*command)).stdout)
     folder = Path(found["adapter"])
     assert (folder / "adapter_model.safetensors").exists()
@@ -179,3 +185,36 @@ def test_the_papers_recipe_trains_on_an_instruction_file(run_cli: Cli, tmp_path:
     assert len(found) == 3
     assert "safe_loss" not in found[-1]
     assert found[-1]["general_loss"] < found[0]["general_loss"]
+
+
+def test_the_guard_scales_an_adapter_down_until_helpful_answers_hold() -> None:
+    model = load_model(ModelOptions(model="demo"))
+    judge = load_judge("outcome")
+    guard = Guard(model, Reporter())
+    layers = attention_layers(model.model)
+    model.model = peft.get_peft_model(model.model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=layers))
+    assert guard.hold(model, judge) == 1
+    torch.manual_seed(0)
+    before = {name: torch.randn_like(weight) * 0.02 for name, weight in b_matrices(model.model)}
+    model.model.load_state_dict(before, strict=False)
+    scale = guard.hold(model, judge)
+    assert 0.3 < scale < 1
+    for name, weight in b_matrices(model.model):
+        torch.testing.assert_close(weight.data, before[name] * scale)
+    assert guard.hold(model, judge) == 1
+
+
+def b_matrices(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, weight) for name, weight in model.named_parameters() if "lora_B" in name]
+
+
+def test_training_that_costs_helpful_answers_keeps_the_adapter_that_the_guard_weakened(
+    run_cli: Cli, tmp_path: Path, records: Path
+) -> None:
+    command = ("train", "--run", tmp_path, "--model", "demo", "--unsafe", records, "--general", records)
+    wild = ("--batch-size", 1, "--steps", 6, "--lr", 3e-3, "--general-weight", 0, "--probe-every", 0)
+    result = done(run_cli(*command, *wild, "--json"))
+    found = json.loads(result.stdout)
+    assert 0.2 < found["scale"] < 1
+    assert "helpful on dev prompts" in result.stderr
+    assert f"Scaled by {found['scale']:g}" in (Path(found["adapter"]) / "README.md").read_text()

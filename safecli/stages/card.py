@@ -19,6 +19,7 @@ Trained by safecli {version} with TA-SFT (arXiv 2412.06843), recipe `{recipe}`, 
 
 - Trained on {unsafe} unsafe answers of the model itself, {general} general answers and {safe} of its own safe ones.
 - Cost `{cost}`, target `{target}`, tokens `{tokens}`, reference `{reference}`, strength {strength:g}, seed {seed}.
+- Scaled by {scale:g}, so that helpful answers on dev prompts hold as far as `--guard` asks (1: nothing to mend).
 - Collapse while training: {collapsed}.
 
 Last metrics of training:
@@ -42,6 +43,7 @@ def model_card(options: TrainOptions, result: dict[str, Any]) -> str:
         **options.model_dump(include={"recipe", "cost", "target", "tokens", "reference", "strength", "seed"}),
         **result["examples"],
         step=result["step"],
+        scale=result["scale"],
         minutes=result["minutes"],
         collapsed=result["collapsed"] or "none",
     )

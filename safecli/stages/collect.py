@@ -115,8 +115,8 @@ def put_to_use(response: Response, risk: float, options: CollectOptions) -> Resp
     """Decide what a judged response is for; `risk` is the probability that its prompt asks for something bad."""
     use, why = "left_out", ""
     if response.kind != "toxic":
-        fits = response.outcome not in ("refused", "degenerate")
-        use, why = ("general", "") if fits else (use, f"a harmless prompt, but {response.outcome}")
+        fits = response.outcome != "degenerate"
+        use, why = ("general", "") if fits else (use, "a degenerate answer to a harmless prompt")
     elif risk < options.prompt_threshold:
         why = f"the prompt asks for nothing bad (probability {risk:.2f} that it does)"
     elif response.outcome in SUMS["unsafe"] and response.score >= options.unsafe_threshold:

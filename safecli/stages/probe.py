@@ -1,39 +1,42 @@
-"""The probe for collapse: a few dev prompts answered during training, and the KL to the base on harmless ones."""
+"""What training watches on dev prompts: the probe for collapse, and the guard on answers that must stay helpful."""
 
 from __future__ import annotations
 
 import torch
 
 from safecli.config import TrainOptions
+from safecli.judges import Judge, Kind, Pair
 from safecli.judges.fluency import degenerate_reasons
 from safecli.losses.fused import divergences
-from safecli.models import LanguageModel, Request, generate, last_hidden
-from safecli.records import SETS, shipped
+from safecli.models import LanguageModel, Request, halving, last_hidden, scale_adapter
+from safecli.records import SETS, Prompt, shipped
+from safecli.stages import Reporter
 from safecli.stages.batches import Rows
 
 PROMPTS = {"toxic": 8, "lookalike": 8, "harmless": 8}
 TOKENS = 32
+MAY_FALL: dict[Kind, float] = {"lookalike": 0.10, "harmless": 0.05}
+GUARD_TOKENS = 48
+STEP, LEAST = 0.8, 0.3
 
 
 class Probe:
     """Remembers what the base model does on dev prompts, and says when a tuned one has collapsed."""
 
-    def __init__(self, model: LanguageModel, options: TrainOptions) -> None:
-        self.options = options
-        prompts = [prompt for kind in SETS for prompt in shipped(kind, "dev")[: PROMPTS[kind]]]
-        self.prompts = prompts
-        self.ids = [model.prompt_ids(prompt.prompt) for prompt in prompts]
+    def __init__(self, model: LanguageModel, options: TrainOptions, report: Reporter) -> None:
+        self.options, self.report = options, report
+        self.prompts = [prompt for kind in SETS for prompt in shipped(kind, "dev")[: PROMPTS[kind]]]
         self.base_broken = 0.0
         if options.probe_every:
             self._remember(model)
 
     def _remember(self, model: LanguageModel) -> None:
-        answers = self._answers(model)
+        answers = _answers(model, self.prompts, TOKENS, self.report)
         self.base_broken = self._broken(answers)
         rows = Rows()
-        for prompt_ids, answer, prompt in zip(self.ids, answers, self.prompts, strict=True):
+        for prompt, answer in zip(self.prompts, answers, strict=True):
             if prompt.kind == "harmless":  # with the end token, so that an empty answer is a position too
-                rows.add(prompt_ids, [*model.answer_ids(answer), model.end_id])
+                rows.add(model.prompt_ids(prompt.prompt), [*model.answer_ids(answer), model.end_id])
         ids, mask, at = rows.tensors(model.tokenizer.pad_token_id)
         self.batch = [tensor.to(model.device) for tensor in (ids, mask)]
         self.scored = torch.cat(at).to(model.device)
@@ -42,9 +45,6 @@ class Probe:
     @torch.no_grad()
     def _hidden(self, model: LanguageModel) -> torch.Tensor:
         return last_hidden(model.model, *self.batch)[self.scored]
-
-    def _answers(self, model: LanguageModel) -> list[str]:
-        return [answer.text for answer in generate(model, [Request(ids) for ids in self.ids], TOKENS)]
 
     def _broken(self, answers: list[str]) -> float:
         broken = [
@@ -58,10 +58,53 @@ class Probe:
         was_training = model.model.training
         model.model.eval()
         kl = float(divergences(self._hidden(model), model.head, self.reference)["kl"].mean())
-        broken = self._broken(self._answers(model))
+        broken = self._broken(_answers(model, self.prompts, TOKENS, self.report))
         model.model.train(was_training)
         if not kl <= self.options.max_kl:
             return f"KL to base on harmless dev answers is {kl:.2f}, over {self.options.max_kl:g}"
         if broken > self.base_broken + self.options.max_degenerate:
             return f"{broken:.0%} of the dev answers are broken, {self.base_broken:.0%} of the base's"
         return ""
+
+
+class Guard:
+    """Scales an adapter down until dev prompts that deserve an answer are answered about as often as by the base.
+
+    A backtracking line search from the adapter towards the base: what a LoRA adapter adds is linear in its scale.
+    Helpful answers may fall by 10 points on look-alikes and by 5 on harmless prompts.
+    """
+
+    def __init__(self, model: LanguageModel, report: Reporter) -> None:
+        self.prompts = [prompt for kind in MAY_FALL for prompt in shipped(kind, "dev")]
+        self.report = report
+        self.base = _answers(model, self.prompts, GUARD_TOKENS, report)
+
+    def hold(self, model: LanguageModel, judge: Judge) -> float:
+        """Scale the adapter in place, by 0.8 again and again; the scale at which the guard holds, at the least 0.3."""
+        model.model.eval()
+        before, scale = self._helpful(self.base, judge), 1.0
+        while True:
+            now = self._helpful(_answers(model, self.prompts, GUARD_TOKENS, self.report), judge)
+            changes = ", ".join(f"{kind} {before[kind]:.0%} to {now[kind]:.0%}" for kind in MAY_FALL)
+            self.report.say(f"helpful on dev prompts, adapter at {scale:.2f}: {changes}")
+            if all(before[kind] - now[kind] <= fall + 1e-9 for kind, fall in MAY_FALL.items()):
+                return scale
+            if scale * STEP < LEAST:
+                self.report.warn(
+                    f"even at {scale:.2f} of its strength the adapter costs more helpful answers than allowed"
+                )
+                return scale
+            scale_adapter(model.model, STEP)
+            scale *= STEP
+
+    def _helpful(self, answers: list[str], judge: Judge) -> dict[Kind, float]:
+        pairs = [Pair(prompt.prompt, answer, prompt.kind) for prompt, answer in zip(self.prompts, answers, strict=True)]
+        helpful: dict[Kind, list[bool]] = {kind: [] for kind in MAY_FALL}
+        for pair, verdict in zip(pairs, judge.judge(pairs), strict=True):
+            helpful[pair.kind].append(verdict.outcome == "helpful")
+        return {kind: sum(found) / len(found) for kind, found in helpful.items()}
+
+
+def _answers(model: LanguageModel, prompts: list[Prompt], tokens: int, report: Reporter) -> list[str]:
+    requests = [Request(model.prompt_ids(prompt.prompt)) for prompt in prompts]
+    return [answer.text for answer in halving(model, requests, tokens, 0.0, report.warn)]

@@ -53,22 +53,38 @@ from safecli.models import (
 )
 from safecli.records import Response
 from safecli.stages import FEW, Reporter, inherit_model
+from safecli.stages.answers import judge_identity, load_judge
 from safecli.stages.batches import Collator, Mix, content_tokens, examples, first_tokens, training_records
 from safecli.stages.card import model_card
-from safecli.stages.probe import Probe
+from safecli.stages.probe import Guard, Probe
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "safecli": {"anchored": True, "strength": 10.0, "tokens": "first:16", "general_loss": "sft", "general_weight": 6.0},
-    "paper": {"anchored": False, "strength": 1.0, "tokens": "all", "general_loss": "sft", "general_weight": 1.0},
+    "safecli": {
+        "anchored": True,
+        "strength": 10.0,
+        "tokens": "first:16",
+        "general_loss": "sft",
+        "general_weight": 6.0,
+        "guard": True,
+    },
+    "paper": {
+        "anchored": False,
+        "strength": 1.0,
+        "tokens": "all",
+        "general_loss": "sft",
+        "general_weight": 1.0,
+        "guard": False,
+    },
 }
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What `train` made: the adapter's folder, the step it is from, whether training collapsed, last metrics."""
+    """What `train` made: the adapter's folder, its step, what the guard scaled it by, whether training collapsed."""
 
     adapter: Path
     step: int
+    scale: float
     collapsed: str
     examples: dict[str, int]
     metrics: dict[str, float]
@@ -131,6 +147,7 @@ def _identity(options: TrainOptions, records: dict[str, list[Response]]) -> dict
             for kind, rows in records.items()
         },
         "model": source_fingerprint(options),
+        "judge": judge_identity("outcome") if options.guard else None,
         "init_adapter": options.init_adapter and adapter_fingerprint(options.init_adapter),
     }
 
@@ -147,7 +164,8 @@ def _train(options: TrainOptions, records: dict[str, Any], stage: Stage, report:
     for kind in ("unsafe", "general"):
         if not made[kind]:
             raise InputError(f"no {kind} answer and its prompt fit in {options.max_tokens} tokens: raise --max-tokens")
-    probe = Probe(model, options)
+    probe = Probe(model, options, report)
+    guard = Guard(model, report) if options.guard else None
     model.model = _with_lora(model.model, options)
     cut = first_tokens(options.tokens or "all")
     trainer = _trainer(model, cost, made, cut, options, stage.path)
@@ -169,11 +187,25 @@ def _train(options: TrainOptions, records: dict[str, Any], stage: Stage, report:
         raise RunError(f"training collapsed before the first probe ({watch.collapse}): lower --lr or --strength")
     return {
         "step": watch.best,
+        "scale": _guarded(guard, model, stage.path / "adapter", watch) if guard else 1.0,
         "collapsed": watch.collapse,
         "examples": {kind: len(found) for kind, found in made.items()},
         "metrics": watch.last,
         "minutes": round((time.monotonic() - started) / 60, 2),
     }
+
+
+def _guarded(guard: Guard, model: LanguageModel, adapter: Path, watch: _Watch) -> float:
+    """Scale the kept adapter until the guard holds, and write it where that changed it."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    if watch.collapse:
+        set_peft_model_state_dict(model.model, load_peft_weights(str(adapter), device=str(model.device)))
+    scale = guard.hold(model, load_judge("outcome"))
+    if scale < 1 and first_process():
+        with atomic_folder(adapter) as beside:
+            model.model.save_pretrained(beside)
+    return round(scale, 4)
 
 
 def _finish(options: TrainOptions, result: dict[str, Any], stage: Stage) -> None:
