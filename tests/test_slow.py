@@ -187,21 +187,31 @@ def test_the_papers_recipe_trains_on_an_instruction_file(run_cli: Cli, tmp_path:
     assert found[-1]["general_loss"] < found[0]["general_loss"]
 
 
+class Said(Reporter):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
 def test_the_guard_scales_an_adapter_down_until_helpful_answers_hold() -> None:
     model = load_model(ModelOptions(model="demo"))
     judge = load_judge("outcome")
-    guard = Guard(model, Reporter())
+    report = Said()
+    guard = Guard(model, report)
     layers = attention_layers(model.model)
+    torch.manual_seed(0)
     model.model = peft.get_peft_model(model.model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=layers))
     assert guard.hold(model, judge) == 1
-    torch.manual_seed(0)
-    before = {name: torch.randn_like(weight) * 0.02 for name, weight in b_matrices(model.model)}
+    before = {name: torch.randn_like(weight) for name, weight in b_matrices(model.model)}
     model.model.load_state_dict(before, strict=False)
     scale = guard.hold(model, judge)
-    assert 0.3 < scale < 1
+    assert scale < 1
+    assert scale == pytest.approx(0.8 ** (len(report.lines) - 2))
+    assert report.lines[-1].startswith(f"helpful on dev prompts, adapter at {scale:.2f}")
     for name, weight in b_matrices(model.model):
         torch.testing.assert_close(weight.data, before[name] * scale)
-    assert guard.hold(model, judge) == 1
 
 
 def b_matrices(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
