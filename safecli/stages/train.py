@@ -76,6 +76,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "guard": False,
     },
 }
+GUARD_JUDGE = "outcome"
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _identity(options: TrainOptions, records: dict[str, list[Response]]) -> dict
             for kind, rows in records.items()
         },
         "model": source_fingerprint(options),
-        "judge": judge_identity("outcome") if options.guard else None,
+        "judge": judge_identity(GUARD_JUDGE) if options.guard else None,
         "init_adapter": options.init_adapter and adapter_fingerprint(options.init_adapter),
     }
 
@@ -201,11 +202,17 @@ def _guarded(guard: Guard, model: LanguageModel, adapter: Path, watch: _Watch) -
 
     if watch.collapse:
         set_peft_model_state_dict(model.model, load_peft_weights(str(adapter), device=str(model.device)))
-    scale = guard.hold(model, load_judge("outcome"))
-    if scale < 1 and first_process():
+    scale = guard.hold(model, load_judge(GUARD_JUDGE))
+    if scale < 1:
+        _keep(model, adapter)
+    return round(scale, 4)
+
+
+def _keep(model: LanguageModel, adapter: Path) -> None:
+    """Write the adapter as it is now, whole or not at all, from the first process alone."""
+    if first_process():
         with atomic_folder(adapter) as beside:
             model.model.save_pretrained(beside)
-    return round(scale, 4)
 
 
 def _finish(options: TrainOptions, result: dict[str, Any], stage: Stage) -> None:
@@ -418,9 +425,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
             self.report.warn(f"collapse at step {step}: {self.collapse}. The adapter of step {self.best} is kept.")
             control.should_training_stop, control.should_save = True, False
             return
-        if first_process():
-            with atomic_folder(self.folder / "adapter") as beside:
-                self.model.model.save_pretrained(beside)
+        _keep(self.model, self.folder / "adapter")
         self.best = step
 
 
