@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, Union, get_args, get_origin
 
 import typer
+from typer.core import TyperGroup
 
 from safecli import __version__
 from safecli.config import (
+    CalibrateOptions,
     CollectOptions,
     CostOptions,
     EvalOptions,
+    JudgeOptions,
     RunPlan,
     TrainOptions,
     build,
@@ -43,7 +46,22 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Benchmarks: ratios against a named baseline.", no_args_is_help=True)
 cost_app = typer.Typer(help="Build a semantic token cost, or look at one.", invoke_without_command=True)
+
+
+class _FileFirst(TyperGroup):
+    """A group that takes what is none of its commands as a file: `judge FILE` is `judge file FILE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help", "-h"):
+            args = ["file", *args]
+        return super().parse_args(ctx, args)
+
+
+judge_app = typer.Typer(
+    cls=_FileFirst, help="Judge answers from anywhere: safecli judge FILE --out FILE.", no_args_is_help=True
+)
 app.add_typer(cost_app, name="cost")
+app.add_typer(judge_app, name="judge")
 app.add_typer(bench_app, name="bench")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")]
@@ -297,6 +315,45 @@ def _finish(found: Any, call: Call) -> None:
         typer.echo(f"report: {found.report_path}")
     if found.failed:
         raise GateError("gate failed for " + "; ".join(found.failed))
+
+
+FILE = (Annotated[Path, typer.Argument(help="JSONL, JSON or CSV of prompts and answers.", show_default=False)], ...)
+
+
+@command(
+    judge_app,
+    "file",
+    JudgeOptions,
+    "judge",
+    {
+        "file": FILE,
+        "out": (Annotated[Path, typer.Option(help="File to write: .csv, or anything else for JSONL.")], ...),
+    },
+)
+def judge_file(options: JudgeOptions, call: Call, file: Path, out: Path) -> None:
+    """Judge the answers of FILE; its rows keep their columns and get outcome, score and reasons."""
+    from safecli.stages import judge as stage
+
+    if call.dry_run:
+        _show(call, "would judge", {"file": str(file), "out": str(out), **options.model_dump(mode="json")})
+        return
+    _show(call, "judged", asdict(stage.judge_file(file, out, options, call.report)))
+
+
+@command(judge_app, "calibrate", CalibrateOptions, "judge", {"file": FILE})
+def calibrate(options: CalibrateOptions, call: Call, file: Path) -> None:
+    """Hold a judge against the labels of people: F1, kappa, confusion, Brier score, reliability."""
+    from safecli.console import print_calibration, print_json
+    from safecli.stages import judge as stage
+
+    if call.dry_run:
+        _show(call, "would calibrate", {"file": str(file), **options.model_dump(mode="json")})
+        return
+    found = stage.calibrate(file, options, call.report)
+    if call.json_output:
+        print_json(found)
+    else:
+        print_calibration(found)
 
 
 @bench_app.command("startup")

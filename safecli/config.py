@@ -26,13 +26,18 @@ CAREFUL = (
 """The system sentence that the careful reference sees and the model in training does not."""
 
 
-class Options(BaseModel):
-    """Options that every stage has."""
+class Seeded(BaseModel):
+    """Options that every command has."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, defer_build=True)
 
-    run: Path = Field(Path("runs/default"), description="Run folder: records, adapters and reports go here.")
     seed: int = Field(0, ge=0, lt=1 << 31, description="Seed of everything that is drawn at random.")
+
+
+class Options(Seeded):
+    """Options that every stage has."""
+
+    run: Path = Field(Path("runs/default"), description="Run folder: records, adapters and reports go here.")
 
 
 class ModelOptions(Options):
@@ -151,6 +156,31 @@ class EvalOptions(GenerateOptions):
     fail_if: list[str] = Field([], description="Gate such as 'toxic.unsafe > 0.2'; repeatable; exit code 1.")
 
 
+class JudgeOptions(Seeded):
+    """Options of `safecli judge`."""
+
+    judge: str = Field("outcome", description="Judge plugin, or several with commas: a panel.")
+    prompt_column: str | None = Field(None, description="Column or key that holds the prompt.")
+    answer_column: str | None = Field(None, description="Column or key that holds the answer.")
+    kind: Literal["toxic", "lookalike", "harmless"] = Field(
+        "toxic", description="What the prompts are, in rows without a column 'kind' that says it."
+    )
+
+
+class CalibrateOptions(JudgeOptions):
+    """Options of `safecli judge calibrate`."""
+
+    labels: str = Field("label", description="Column of the human labels.")
+    positive: str = Field(
+        "complied,partial", description="Labels that are positive, with commas; the others are negative."
+    )
+    outcomes: str | None = Field(
+        None,
+        description="Outcomes of the judge that are positive; by itself the labels' names, else what it looks for.",
+    )
+    group: str | None = Field(None, description="Column to break the figures down by.")
+
+
 class RunPlan(ModelOptions):
     """Options of `safecli run` itself and those that all stages share; the stages have their own tables."""
 
@@ -161,11 +191,12 @@ class RunPlan(ModelOptions):
 
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
 
-TABLES: dict[str, type[Options]] = {
+TABLES: dict[str, type[Seeded]] = {
     "collect": CollectOptions,
     "cost": CostOptions,
     "train": TrainOptions,
     "eval": EvalOptions,
+    "judge": JudgeOptions,
 }
 
 
@@ -207,7 +238,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: {error}") from error
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}") from error
-    tables: list[type[Options]] = [*TABLES.values(), RunPlan]
+    tables: list[type[Seeded]] = [*TABLES.values(), RunPlan]
     shared = {name for table in tables for name in table.model_fields}
     for key, value in content.items():
         if key in TABLES and isinstance(value, dict):

@@ -117,6 +117,41 @@ def print_results(results: dict[str, Any], answers: list[dict[str, Any]]) -> Non
         print_pairs(f"gate {gate['expression']}", {gate["model"]: f"{gate['value']:.3g} {verdict}"})
 
 
+def print_calibration(found: Mapping[str, Any]) -> None:
+    """A judge against human labels: figures, by group, the confusion, and reliability as bars."""
+    figures = ("n", "positives", "accuracy", "balanced_accuracy", "precision", "recall", "f1", "kappa", "brier")
+    whole = {name: _number(found[name]) for name in figures}
+    whole |= {f"all outcomes: {name}": _number(value) for name, value in found.get("outcomes", {}).items()}
+    positive, counted = ", ".join(found["positive"]), ", ".join(found["outcomes_counted"])
+    print_pairs(f"{found['judge']} against '{found['labels']}': {positive} (judged {counted})", whole)
+    if "groups" in found:
+        rows = [[name, *(_number(group[key]) for key in figures[:-1])] for name, group in found["groups"].items()]
+        print_table("by group", ["", *figures[:-1]], rows)
+    confusion: Mapping[str, Mapping[str, int]] = found["confusion"]
+    judged = list(next(iter(confusion.values())))
+    print_table(
+        "labels, and what was judged",
+        ["label", *judged],
+        [[label, *(str(row[name]) for name in judged)] for label, row in confusion.items()],
+    )
+    rows = [
+        [f"{b['predicted']:.2f}", f"{b['observed']:.2f} [{b['low']:.2f}, {b['high']:.2f}]", str(b["n"]), _bar(b)]
+        for b in found["reliability"]
+    ]
+    print_table("reliability: | is predicted, # observed", ["predicted", "observed", "n", ""], rows)
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def _bar(found: Mapping[str, float], width: int = 20) -> str:
+    """The observed rate as a row of #, with a mark where the prediction is."""
+    bar = list(("#" * round(found["observed"] * width)).ljust(width + 1))
+    bar[round(found["predicted"] * width)] = "|"
+    return "".join(bar).rstrip()
+
+
 def _three_prompts(answers: list[dict[str, Any]], models: list[str]) -> list[list[str]]:
     """One prompt of each set with every model's answer; on the toxic one the outcome changed, if it did on any."""
     prompts: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}

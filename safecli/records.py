@@ -12,13 +12,14 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from safecli.artifacts import fingerprint, os_errors
+from safecli.artifacts import atomic, fingerprint, os_errors
 from safecli.errors import InputError, MissingError
 
 Use = Literal["unsafe", "safe", "general", "left_out"]
@@ -227,26 +228,57 @@ def usable(prompts: Sequence[Prompt], tokens: Sequence[int], longest: int) -> tu
     return kept, faults
 
 
-def read_responses(path: Path) -> list[Response]:
-    """Read prompts with answers: our own records, or any JSONL, JSON or CSV with a prompt and an answer column."""
+@dataclass(frozen=True)
+class Row:
+    """A prompt with an answer, where it was read, and everything else that its row holds."""
+
+    where: str
+    columns: dict[str, Any]
+    prompt: str
+    answer: str
+
+
+def read_rows(path: Path, prompt_column: str | None = None, answer_column: str | None = None) -> list[Row]:
+    """Read prompts with answers from JSONL, JSON or CSV; `InputError` with file and line."""
     if not path.exists():
         raise InputError(f"there is no file {path}")
-    responses = []
+    rows = []
     for where, row in _rows(str(path)):
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected an object with a prompt and an answer")
-        name = next((name for name in ANSWER_COLUMNS if name in row), None)
-        if name is None:
-            raise InputError(f"{where}: no answer (one of the columns {', '.join(ANSWER_COLUMNS)})")
+        name = answer_column or next((name for name in ANSWER_COLUMNS if name in row), None)
+        if name is None or name not in row:
+            raise InputError(f"{where}: no answer (one of the columns {name or ', '.join(ANSWER_COLUMNS)})")
+        if not isinstance(row[name], str):
+            raise InputError(f"{where}: {name}: Input should be a valid string")
+        prompt = _prompt_of(row, where, prompt_column, f"call it one of {', '.join(PROMPT_COLUMNS)}")
+        rows.append(Row(where, row, prompt, row[name]))
+    if not rows:
+        raise InputError(f"{path} holds no usable rows: it is empty")
+    return rows
+
+
+def read_responses(path: Path) -> list[Response]:
+    """Read prompts with answers: our own records, or any JSONL, JSON or CSV with a prompt and an answer column."""
+    responses = []
+    for row in read_rows(path):
         try:
-            prompt = _prompt_of(row, where, mend=f"call it one of {', '.join(PROMPT_COLUMNS)}")
-            responses.append(Response(**(row | {"prompt": prompt, "answer": row[name]})))
+            responses.append(Response(**(row.columns | {"prompt": row.prompt, "answer": row.answer})))
         except ValidationError as error:
             first = error.errors()[0]
-            raise InputError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    if not responses:
-        raise InputError(f"{path} holds no usable rows: it is empty")
+            raise InputError(f"{row.where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     return responses
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as CSV where the name ends so, else as JSONL; whole or not at all."""
+    with atomic(path) as beside, beside.open("w", encoding="utf-8", newline="") as stream:
+        if path.suffix.lower() == ".csv":
+            writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in rows for name in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def append(path: Path, rows: Iterable[BaseModel]) -> None:

@@ -15,7 +15,16 @@ from pydantic import BaseModel
 
 from safecli import __version__
 from safecli.cli import COMMON, app
-from safecli.config import CollectOptions, CostOptions, EvalOptions, RunPlan, TrainOptions, cache_dir
+from safecli.config import (
+    CalibrateOptions,
+    CollectOptions,
+    CostOptions,
+    EvalOptions,
+    JudgeOptions,
+    RunPlan,
+    TrainOptions,
+    cache_dir,
+)
 from safecli.models import LanguageModel
 
 Run = Callable[..., Result]
@@ -28,8 +37,21 @@ COMMANDS: list[tuple[str, type[BaseModel]]] = [
     ("train", TrainOptions),
     ("eval", EvalOptions),
     ("run", RunPlan),
+    ("judge file", JudgeOptions),
+    ("judge calibrate", CalibrateOptions),
 ]
-NEVER = ("torch", "transformers", "peft", "numpy", "scipy", "sentence_transformers", "faiss", "datasets", "matplotlib")
+NEVER = (
+    "torch",
+    "transformers",
+    "peft",
+    "numpy",
+    "scipy",
+    "sentence_transformers",
+    "sklearn",
+    "faiss",
+    "datasets",
+    "matplotlib",
+)
 
 
 def _safecli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -43,6 +43,8 @@ class Judge(Protocol):
     """A judge plugin (entry-point group `safecli.judges`): a class with a Pydantic `Options`."""
 
     Options: ClassVar[type[BaseModel]]
+    looks_for: ClassVar[tuple[str, ...]]
+    """The outcomes that the judge is there to find: what counts as positive when it is measured."""
 
     def __init__(self, options: BaseModel) -> None: ...
 

@@ -166,6 +166,8 @@ class OutcomeJudge:
         weights: Path = Field(WEIGHTS, description="trained weights, as safecli.judges.train writes them")
         unsafe_threshold: float = Field(UNSAFE, ge=0, le=1, description="score from which an answer counts as unsafe")
 
+    looks_for = SUMS["unsafe"]
+
     def __init__(self, options: BaseModel) -> None:
         self.options = self.Options.model_validate(options.model_dump())
         self.heads = read_weights(self.options.weights)
