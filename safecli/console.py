@@ -102,8 +102,8 @@ def print_results(results: dict[str, Any], answers: list[dict[str, Any]]) -> Non
     for kind in ("toxic", "lookalike", "harmless"):
         for label in models["base"].get(kind, {}):
             cells = [_cell(models[name][kind][label]) for name in models]
-            tests = [results["paired"].get(name, {}).get(f"{kind}.{label}") for name in models if name != "base"]
-            rows.append([f"{kind} {label.replace('_', ' ')}", *cells, *(f"{t['p']:.2g}" if t else "" for t in tests)])
+            tests = [models[name][kind][label]["diff"] for name in models if name != "base"]
+            rows.append([f"{kind} {label.replace('_', ' ')}", *cells, *(f"{test['p']:.2g}" for test in tests)])
     for name, digits in (("general_loss", 3), ("similarity", 2)):
         values = [models[model][name] for model in models]
         rows.append([name.replace("_", " "), *("" if v is None else f"{v:.{digits}f}" for v in values)])

@@ -45,14 +45,16 @@ def results() -> dict[str, Any]:
         "general_loss": 1.234,
         "similarity": 1.0,
     }
-    tuned = {
+    tuned: dict[str, Any] = {
         "toxic": counted("toxic", [11, 8, 33, 22, 6]),
         "harmless": counted("harmless", [30, 5, 4, 1]),
         "lookalike": counted("lookalike", [27, 6, 4, 3]),
         "general_loss": 1.267,
         "similarity": 0.876,
     }
-    pairs = {"toxic.unsafe": (40, 2), "toxic.degenerate": (4, 3), "harmless.helpful": (3, 2)}
+    pairs = {("toxic", "unsafe"): (40, 2), ("toxic", "degenerate"): (4, 3), ("harmless", "helpful"): (3, 2)}
+    for (kind, label), (lost, gained) in pairs.items():
+        tuned[kind][label]["diff"] = {"base_only": lost, "model_only": gained, "p": mcnemar(lost, gained)}
     return {
         "format": 1,
         "safecli": "0.1.0",
@@ -61,9 +63,6 @@ def results() -> dict[str, Any]:
         "model": "demo",
         "options": {"max_new_tokens": 64},
         "models": {"base": base, "tuned": tuned},
-        "paired": {
-            "tuned": {key: {"base_only": b, "model_only": c, "p": mcnemar(b, c)} for key, (b, c) in pairs.items()}
-        },
         "gates": [{"expression": "toxic.unsafe > 0.2", "model": "tuned", "value": 0.2375, "failed": True}],
     }
 
@@ -123,7 +122,9 @@ def test_shows_every_number(tmp_path: Path, results: dict[str, Any]) -> None:
                 assert f"{100 * cell['low']:.1f}–{100 * cell['high']:.1f}%, {cell['count']} of {cell['n']}" in text
         assert f"{model['general_loss']:.3f}" in text
         assert f"{model['similarity']:.3f}" in text
-    for pair in results["paired"]["tuned"].values():
+    pairs = [cell["diff"] for name in KINDS for cell in results["models"]["tuned"][name].values() if "diff" in cell]
+    assert len(pairs) == 3
+    for pair in pairs:
         assert f"base only {pair['base_only']}, this only {pair['model_only']}" in text
     for words in (
         "p < 0.0001",
@@ -138,7 +139,10 @@ def test_shows_every_number(tmp_path: Path, results: dict[str, Any]) -> None:
 
 
 def test_says_worse_when_it_is_worse(tmp_path: Path, results: dict[str, Any]) -> None:
-    results["paired"]["tuned"] = {"toxic.degenerate": {"base_only": 0, "model_only": 9, "p": mcnemar(0, 9)}}
+    for kind in KINDS:
+        for cell in results["models"]["tuned"][kind].values():
+            cell.pop("diff", None)
+    results["models"]["tuned"]["toxic"]["degenerate"]["diff"] = {"base_only": 0, "model_only": 9, "p": mcnemar(0, 9)}
     verdicts = [span["class"] for span in render(tmp_path, results, [], []).all("span") if span.get("class")]
     assert [verdict for verdict in verdicts if verdict and verdict.startswith("verdict")] == ["verdict worse"]
 
@@ -152,7 +156,6 @@ def test_hostile_text_stays_text(tmp_path: Path, results: dict[str, Any], text: 
         "model": text,
         "created": text,
         "options": {text: text},
-        "paired": {text: results["paired"]["tuned"]},
     }
     row: dict[str, Any] = {"outcome": text, "set": text, "id": text, "prompt": text, "reasons": [text]}
     page = render(tmp_path, results, [answer(text, **row), answer(text, text, **row)], [{"step": 1, text: 1.0}])
@@ -211,7 +214,6 @@ def test_renders_with_little_or_nothing(tmp_path: Path, results: dict[str, Any])
     del (
         results["models"]["tuned"]["toxic"],
         results["models"]["base"]["lookalike"],
-        results["paired"],
         results["gates"],
     )
     page = render(tmp_path, results, [], [])
@@ -266,7 +268,6 @@ def test_every_outcome_has_a_colour(tmp_path: Path, results: dict[str, Any]) -> 
 
 def test_markdown_table(results: dict[str, Any]) -> None:
     results["models"]["a|b\n<b>*x*"] = results["models"].pop("tuned")
-    results["paired"] = {"a|b\n<b>*x*": results["paired"]["tuned"]}
     lines = markdown_table(results).splitlines()
     assert lines[0] == r"| | base | a\|b \<b\>\*x\* |"
     assert lines[1] == "|---|---|---|"

@@ -47,17 +47,18 @@ class Row:
     cells: list[Cell | None]
 
 
-def rate_cell(rate: Mapping[str, float] | None, pair: Mapping[str, float] | None, better: Better) -> Cell | None:
-    """The cell of a rate (see `stats.rate`), compared with the base where there is a paired test."""
+def rate_cell(rate: Mapping[str, Any] | None, better: Better | None = None) -> Cell | None:
+    """The cell of a rate; with `better` compared with the base, where the rate has its paired difference to it."""
     if rate is None:
         return None
+    pair = rate.get("diff") if better else None
     versus = f"{p_text(pair['p'])}; base only {pair['base_only']}, this only {pair['model_only']}" if pair else ""
     return Cell(
         value=f"{rate['rate']:.1%}" if rate["n"] else "–",
         interval=f"{100 * rate['low']:.1f}–{100 * rate['high']:.1f}%",
         count=f"{rate['count']} of {rate['n']}",
         versus=versus,
-        verdict=_verdict(pair, better) if pair else "",
+        verdict=_verdict(pair, better) if pair and better else "",
     )
 
 
@@ -68,15 +69,12 @@ def p_text(p: float) -> str:
 
 def headline(results: Mapping[str, Any]) -> list[Row]:
     """The headline rows of an evaluation's results, one cell for each model, in order."""
-    models, paired = results["models"], results.get("paired", {})
+    models = results["models"]
     rows = [
         Row(
             f"{SETS[name]}: {outcome}",
             better,
-            [
-                rate_cell(model.get(name, {}).get(outcome), paired.get(label, {}).get(f"{name}.{outcome}"), better)
-                for label, model in models.items()
-            ],
+            [rate_cell(model.get(name, {}).get(outcome), better) for model in models.values()],
         )
         for name, outcome, better in MEASURES
     ]

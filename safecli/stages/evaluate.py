@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ from safecli.stages import Reporter, inherit_model
 from safecli.stages.answers import Job, answer_all, checked, judge_identity, load_judge
 from safecli.stages.batches import Rows
 from safecli.stages.train import read_metrics
-from safecli.stats import mcnemar, rate
+from safecli.stats import mcnemar, paired_difference, rate
 
-PAIRED = ("toxic.unsafe", "toxic.degenerate", "lookalike.helpful", "lookalike.degenerate", "harmless.helpful",
-          "harmless.degenerate")  # fmt: skip
+NUMBERS = ("rate", "low", "high", "count", "n", "diff.value", "diff.low", "diff.high", "diff.p")
+SCALARS = ("general_loss", "general_loss_diff", "similarity")
 COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 LOSS_BATCH = 16
 
@@ -55,7 +56,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Gate:
-    """A bound on one rate, such as `toxic.unsafe > 0.2`: it fails where that is true."""
+    """A bound on one number of a model, such as `toxic.unsafe.high > 0.2`: it fails where that is true."""
 
     expression: str
     path: tuple[str, ...]
@@ -66,11 +67,9 @@ class Gate:
         """The number that the gate looks at in one model's results."""
         found: Any = model
         for name in self.path:
-            if name not in found:
-                raise UsageError(f"--fail-if '{self.expression}': unknown '{name}'{nearest(name, found)}")
+            if not isinstance(found, dict) or name not in found:
+                raise UsageError(f"--fail-if '{self.expression}': this evaluation has no {'.'.join(self.path)}")
             found = found[name]
-        if isinstance(found, dict):
-            found = found.get("rate")
         if not isinstance(found, (int, float)):
             raise UsageError(f"--fail-if '{self.expression}': '{'.'.join(self.path)}' is not a number")
         return float(found)
@@ -81,19 +80,32 @@ class Gate:
 
 
 def parse_gate(expression: str) -> Gate:
-    """Read `set.outcome[.low|.high] > number`; `UsageError` shows the form."""
+    """Read `set.outcome[.low|.high|.diff[.low|.high|.p]|…] > number`; `UsageError` shows the form."""
     match = re.fullmatch(r"\s*([a-z_]+(?:\.[a-z_]+)*)\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)\s*", expression)
     if match is None:
         raise UsageError(f"--fail-if '{expression}': write it as 'toxic.unsafe > 0.2'")
-    path, names = tuple(match[1].split(".")), _gate_names()
-    if ".".join(path[:2]) not in names:
-        raise UsageError(f"--fail-if '{expression}': unknown '{match[1]}'{nearest(match[1], dict.fromkeys(names))}")
-    return Gate(expression, path, match[2], float(match[3]))
+    paths = _gate_paths()
+    if match[1] not in paths:
+        raise UsageError(f"--fail-if '{expression}': unknown '{match[1]}'{nearest(match[1], paths)}")
+    return Gate(expression, paths[match[1]], match[2], float(match[3]))
 
 
-def _gate_names() -> list[str]:
-    names = [f"{kind}.{outcome}" for kind in SETS for outcome in outcomes_of(kind)]
-    return [*names, *(f"toxic.{name}" for name in SUMS), "general_loss", "similarity"]
+def _gate_paths() -> dict[str, tuple[str, ...]]:
+    """Every name that a gate may use, with where the results of a model hold it."""
+    rates = [(kind, label) for kind in SETS for label in _labels(kind)]
+    paths: dict[str, tuple[str, ...]] = {name: (name,) for name in SCALARS}
+    for rate_path in rates:
+        name = ".".join(rate_path)
+        paths[name], paths[f"{name}.diff"] = (*rate_path, "rate"), (*rate_path, "diff", "value")
+        for number in NUMBERS:
+            paths[f"{name}.{number}"] = (*rate_path, *number.split("."))
+    return paths
+
+
+def _labels(kind: Kind) -> dict[str, tuple[str, ...]]:
+    """What is counted on prompts of this kind: every outcome, and the sums with the outcomes they are made of."""
+    labels: dict[str, tuple[str, ...]] = {outcome: (outcome,) for outcome in outcomes_of(kind)}
+    return labels | SUMS if kind == "toxic" else labels
 
 
 def evaluate(options: EvalOptions, report: Reporter | None = None) -> Evaluated:
@@ -206,7 +218,6 @@ def _evaluate(
         "options": stage.identity["options"],
         "fingerprints": {name: stage.identity[name] for name in ("prompts", "model", "judge", "adapters")},
         "models": summarise(answers, losses),
-        "paired": {name: _paired(answers["base"], answers[name]) for name in adapters},
         "gates": [],
     }
     write_json(stage.path / "results.json", results)
@@ -246,22 +257,38 @@ def general_loss(model: LanguageModel, base_answers: Sequence[Response], longest
 
 
 def summarise(answers: dict[str, list[Response]], losses: dict[str, float | None]) -> dict[str, dict[str, Any]]:
-    """Rates of every outcome and sum by model and set, with general loss and similarity to the base's answers."""
+    """Rates of every outcome and sum by model and set, with general loss and similarity to the base's answers.
+
+    A model that is not the base has in each rate a `diff`: its paired difference to the base.
+    """
     similar = _similarity(answers)
     found: dict[str, dict[str, Any]] = {}
     for name, responses in answers.items():
         found[name] = {}
         for kind in SETS:
-            outcomes = [response.outcome for response in responses if response.kind == kind]
+            outcomes = {response.id: response.outcome for response in responses if response.kind == kind}
             if not outcomes:
                 continue
-            counts = {outcome: (outcome,) for outcome in outcomes_of(kind)} | (SUMS if kind == "toxic" else {})
-            found[name][kind] = {
-                label: rate(sum(outcome in members for outcome in outcomes), len(outcomes))
-                for label, members in counts.items()
-            }
+            before = {response.id: response.outcome for response in answers["base"] if response.kind == kind}
+            found[name][kind] = {}
+            for label, members in _labels(kind).items():
+                has = {key: outcome in members for key, outcome in outcomes.items()}
+                numbers: dict[str, Any] = rate(sum(has.values()), len(has))
+                if name != "base":
+                    numbers["diff"] = _difference({key: before[key] in members for key in has}, has)
+                found[name][kind][label] = numbers
         found[name] |= {"general_loss": losses[name], "similarity": similar[name]}
+        if name != "base" and (loss := losses[name]) is not None:
+            found[name]["general_loss_diff"] = loss - (losses["base"] or 0.0)
     return found
+
+
+def _difference(base: dict[str, bool], model: dict[str, bool]) -> dict[str, Any]:
+    """The model's rate less the base's over the same prompts: Newcombe's interval and McNemar's exact test."""
+    counts = Counter((base[key], model[key]) for key in model)
+    lost, gained = counts[True, False], counts[False, True]
+    found = paired_difference(counts[True, True], lost, gained, counts[False, False])
+    return {**asdict(found), "p": mcnemar(lost, gained), "base_only": lost, "model_only": gained}
 
 
 def _similarity(answers: dict[str, list[Response]]) -> dict[str, float | None]:
@@ -277,21 +304,6 @@ def _similarity(answers: dict[str, list[Response]]) -> dict[str, float | None]:
         for name, rows in texts.items()
     }
     return {name: float((vectors["base"] * found).sum(-1).mean()) for name, found in vectors.items()}
-
-
-def _paired(base: list[Response], other: list[Response]) -> dict[str, dict[str, Any]]:
-    """Exact McNemar test of each headline rate against the base, over the same prompts."""
-    found = {}
-    for name in PAIRED:
-        kind, _, label = name.partition(".")
-        members = SUMS.get(label, (label,))
-        before = {r.id: r.outcome in members for r in base if r.kind == kind}
-        after = {r.id: r.outcome in members for r in other if r.kind == kind}
-        if before:
-            lost = sum(before[key] and not after[key] for key in before)
-            gained = sum(after[key] and not before[key] for key in before)
-            found[name] = {"base_only": lost, "model_only": gained, "p": mcnemar(lost, gained)}
-    return found
 
 
 def _publish(options: EvalOptions, results: dict[str, Any], stage: Stage) -> list[dict[str, Any]]:
