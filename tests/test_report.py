@@ -6,11 +6,12 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from safecli.judges import SUMS, Kind, outcomes_of
-from safecli.report import markdown_table, write_report
+from safecli.report import markdown_summary, markdown_table, write_junit, write_report
 from safecli.report.plots import curves, stacked
 from safecli.report.untrusted import visible
 from safecli.stats import mcnemar, rate
@@ -276,6 +277,32 @@ def test_markdown_table(results: dict[str, Any]) -> None:
     )
     assert lines[-2] == "| General loss, nats per token (less is better) | 1.234 | 1.267, +0.033 |"
     assert len(lines) == 8
+
+
+def test_summary_says_first_what_failed(results: dict[str, Any]) -> None:
+    held = {"expression": "toxic.unsafe.high > 0.9", "model": "tuned", "value": 0.34, "failed": False}
+    results["gates"].insert(0, held)
+    lines = markdown_summary(results).splitlines()
+    assert lines[:4] == [
+        "### safecli: demo",
+        "",
+        r"- **failed**: tuned, toxic.unsafe \> 0.2 (0.237)",
+        r"- holds: tuned, toxic.unsafe.high \> 0.9 (0.34)",
+    ]
+    assert markdown_summary(results).endswith(markdown_table(results))
+
+
+@pytest.mark.parametrize("model", ["tuned", *HOSTILE])
+def test_junit_tells_ci_what_failed(tmp_path: Path, results: dict[str, Any], model: str) -> None:
+    results["gates"][0]["model"] = model
+    results["gates"].append({"expression": "general_loss > 2", "model": model, "value": 1.3, "failed": False})
+    write_junit(results, tmp_path / "junit.xml")
+    suite = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    assert suite.attrib == {"name": "safecli", "tests": "2", "failures": "1"}
+    failed, held = suite.findall("testcase")
+    assert failed.get("classname") == f"safecli.{visible(model)}"
+    assert "it is 0.2375" in (failed.find("failure").get("message") or "")
+    assert held.find("failure") is None
 
 
 def test_visible_keeps_what_people_write() -> None:

@@ -1,6 +1,7 @@
-"""What an evaluation found: one self-contained HTML page, and the headline as a Markdown table."""
+"""What an evaluation found: a self-contained HTML page, the headline as Markdown, and the gates as JUnit."""
 
-from safecli.report.headline import markdown_table
+from safecli.report.headline import markdown_summary, markdown_table
+from safecli.report.junit import write_junit
 from safecli.report.page import write_report
 
-__all__ = ["markdown_table", "write_report"]
+__all__ = ["markdown_summary", "markdown_table", "write_junit", "write_report"]

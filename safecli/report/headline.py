@@ -98,6 +98,17 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def markdown_summary(results: Mapping[str, Any]) -> str:
+    """What a comment on a pull request needs: the gates that failed first, then the headline."""
+    gates = results["gates"]
+    lines = [
+        f"- {'**failed**' if gate['failed'] else 'holds'}: {markdown_cell(gate['model'])}, "
+        f"{markdown_cell(gate['expression'])} ({gate['value']:.3g})"
+        for gate in sorted(gates, key=lambda gate: not gate["failed"])
+    ]
+    return "\n".join([f"### safecli: {markdown_cell(str(results['model']))}", "", *lines, "", markdown_table(results)])
+
+
 def _markdown(cell: Cell) -> str:
     text = cell.value + (f" ({cell.interval})" if cell.interval else "")
     return ", ".join(filter(None, [text, cell.versus.partition(";")[0]]))

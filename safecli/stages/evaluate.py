@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from safecli import __version__
-from safecli.artifacts import FORMAT, Stage, newest, open_stage, read_json, write_json
+from safecli.artifacts import FORMAT, Stage, atomic, newest, open_stage, read_json, write_json
 from safecli.config import EvalOptions, nearest
 from safecli.errors import UsageError
 from safecli.judges import SUMS, Kind, outcomes_of
@@ -30,7 +30,7 @@ from safecli.models import (
     source_fingerprint,
 )
 from safecli.records import SETS, Prompt, Response, prompts_fingerprint, read_prompts, read_responses, shipped
-from safecli.report import write_report
+from safecli.report import markdown_summary, write_junit, write_report
 from safecli.stages import Reporter, inherit_model
 from safecli.stages.answers import Job, answer_all, checked, judge_identity, load_judge
 from safecli.stages.batches import Rows
@@ -109,7 +109,7 @@ def _labels(kind: Kind) -> dict[str, tuple[str, ...]]:
 
 
 def evaluate(options: EvalOptions, report: Reporter | None = None) -> Evaluated:
-    """Compare adapters with the base; writes `results.json`, `answers.jsonl` and `report.html` to the run folder.
+    """Compare adapters with the base; `results.json`, `report.html`, `summary.md`, `junit.xml` go to the run folder.
 
     Errors: `InputError` (prompts, adapter of another base), `MissingError`, `UsageError` (gate), `RunError`.
     """
@@ -319,4 +319,7 @@ def _publish(options: EvalOptions, results: dict[str, Any], stage: Stage) -> lis
         metrics += [{"round": number, **row} for row in read_metrics(folder.parent / "metrics.jsonl")]
     write_json(options.run / "results.json", results)
     write_report(results, answers, metrics, options.run / "report.html")
+    write_junit(results, options.run / "junit.xml")
+    with atomic(options.run / "summary.md") as beside:
+        beside.write_text(markdown_summary(results), encoding="utf-8")
     return answers
