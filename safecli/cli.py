@@ -356,6 +356,32 @@ def calibrate(options: CalibrateOptions, call: Call, file: Path) -> None:
         print_calibration(found)
 
 
+@command(
+    judge_app,
+    "review",
+    JudgeOptions,
+    "judge",
+    {
+        "file": FILE,
+        "labels": (Annotated[Path, typer.Option(help="JSONL file that the labels are appended to.")], ...),
+        "port": (Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")], 0),
+    },
+)
+def review(options: JudgeOptions, call: Call, file: Path, labels: Path, port: int) -> None:
+    """Label answers by keyboard on a page that only this machine sees; after a panel, what it disagreed on."""
+    from safecli.stages import judge as stage
+
+    if call.dry_run:
+        _show(call, "would serve", {"file": str(file), "labels": str(labels)})
+        return
+    with stage.review_server(file, labels, options, port) as server:
+        typer.echo(f"{len(server.rows)} answers to label, {len(server.made)} are: open {server.url}")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            _show(call, "labelled", {"path": str(labels), "labels": len(server.made), "rows": len(server.rows)})
+
+
 @bench_app.command("startup")
 def bench_startup(json: JsonFlag = False) -> None:
     """Time `safecli --help` against the --help of a bare Typer app with two commands."""

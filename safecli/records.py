@@ -283,7 +283,15 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def append(path: Path, rows: Iterable[BaseModel]) -> None:
     """Append rows as JSONL in one write, fsynced."""
-    lines = "".join(row.model_dump_json() + "\n" for row in rows)
+    _append(path, "".join(row.model_dump_json() + "\n" for row in rows))
+
+
+def append_values(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append plain rows as JSONL in one write, fsynced."""
+    _append(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _append(path: Path, lines: str) -> None:
     with os_errors(path, "write"), path.open("ab") as stream:
         stream.write(lines.encode())
         stream.flush()

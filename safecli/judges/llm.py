@@ -198,7 +198,7 @@ class Server:
         try:
             found: Any = self.client.chat.completions.create(
                 model=self.options.model,
-                messages=asked,  # type: ignore[arg-type]
+                messages=asked,
                 temperature=0,
                 max_tokens=MAX_REPLY_TOKENS,
             )

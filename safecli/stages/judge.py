@@ -15,6 +15,7 @@ from safecli.config import CalibrateOptions, JudgeOptions, nearest
 from safecli.errors import InputError, UsageError
 from safecli.judges import HARMLESS_OUTCOMES, SUMS, TOXIC_OUTCOMES, Judge, Pair, Verdict
 from safecli.records import SETS, Row, read_rows, write_rows
+from safecli.report.review import ReviewServer
 from safecli.stages import Reporter
 from safecli.stages.answers import load_judge
 from safecli.stats import krippendorff, wilson
@@ -91,6 +92,13 @@ def _columns(verdicts: dict[str, list[Verdict]], index: int) -> dict[str, Any]:
         return columns
     each = {f"outcome_{name}": verdict.outcome for name, verdict in found.items()}
     return columns | each | {"agreed": votes == len(found)}
+
+
+def review_server(file: Path, labels: Path, options: JudgeOptions, port: int) -> ReviewServer:
+    """A server for labelling the rows of `file` by hand into `labels`; after a panel, those it disagreed on alone."""
+    rows = read_rows(file, options.prompt_column, options.answer_column)
+    split = [row for row in rows if str(row.columns.get("agreed")) == "False"]
+    return ReviewServer([(row, _pair(row, options).kind) for row in split or rows], labels, port)
 
 
 def calibrate(file: Path, options: CalibrateOptions, report: Reporter | None = None) -> dict[str, Any]:
