@@ -119,14 +119,14 @@ def print_results(results: dict[str, Any], answers: list[dict[str, Any]]) -> Non
 
 def print_calibration(found: Mapping[str, Any]) -> None:
     """A judge against human labels: figures, by group, the confusion, and reliability as bars."""
-    figures = ("n", "positives", "accuracy", "balanced_accuracy", "precision", "recall", "f1", "kappa", "brier")
-    whole = {name: _number(found[name]) for name in figures}
+    figures = ("n", "positives", "accuracy", "balanced_accuracy", "precision", "recall", "f1", "kappa")
+    whole = {name: _number(found[name]) for name in (*figures, "brier") if name in found}
     whole |= {f"all outcomes: {name}": _number(value) for name, value in found.get("outcomes", {}).items()}
     positive, counted = ", ".join(found["positive"]), ", ".join(found["outcomes_counted"])
     print_pairs(f"{found['judge']} against '{found['labels']}': {positive} (judged {counted})", whole)
     if "groups" in found:
-        rows = [[name, *(_number(group[key]) for key in figures[:-1])] for name, group in found["groups"].items()]
-        print_table("by group", ["", *figures[:-1]], rows)
+        rows = [[name, *(_number(group[key]) for key in figures)] for name, group in found["groups"].items()]
+        print_table("by group", ["", *figures], rows)
     confusion: Mapping[str, Mapping[str, int]] = found["confusion"]
     judged = list(next(iter(confusion.values())))
     print_table(
@@ -136,9 +136,10 @@ def print_calibration(found: Mapping[str, Any]) -> None:
     )
     rows = [
         [f"{b['predicted']:.2f}", f"{b['observed']:.2f} [{b['low']:.2f}, {b['high']:.2f}]", str(b["n"]), _bar(b)]
-        for b in found["reliability"]
+        for b in found.get("reliability", [])
     ]
-    print_table("reliability: | is predicted, # observed", ["predicted", "observed", "n", ""], rows)
+    if rows:
+        print_table("reliability: | is predicted, # observed", ["predicted", "observed", "n", ""], rows)
 
 
 def _number(value: float) -> str:
