@@ -67,6 +67,9 @@ class GenerateOptions(ModelOptions):
     max_prompt_tokens: int = Field(512, ge=8, description="A longer prompt is reported and skipped or refused.")
     batch_size: int | None = Field(None, ge=1, description="Prompts generated at once; found from free memory.")
     judge: str = Field("outcome", description="Judge plugin that reads every answer.")
+    judge_opt: list[str] = Field(
+        [], description="Option of the judge as key=value, in a panel as NAME.key=value; repeatable."
+    )
     limit: int | None = Field(None, ge=1, description="Use the first N prompts of each file only.")
     prompt_column: str | None = Field(None, description="Column or key that holds the prompt.")
     bad_prompts: Literal["skip", "refuse"] = Field(
@@ -160,6 +163,9 @@ class JudgeOptions(Seeded):
     """Options of `safecli judge`."""
 
     judge: str = Field("outcome", description="Judge plugin, or several with commas: a panel.")
+    judge_opt: list[str] = Field(
+        [], description="Option of the judge as key=value, in a panel as NAME.key=value; repeatable."
+    )
     prompt_column: str | None = Field(None, description="Column or key that holds the prompt.")
     answer_column: str | None = Field(None, description="Column or key that holds the answer.")
     kind: Literal["toxic", "lookalike", "harmless"] = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -70,3 +71,12 @@ def load_plugin(kind: str, name: str) -> Any:
         packages = " and ".join(f"{plugin.package} {plugin.version}" for plugin in named)
         raise UsageError(f"{noun} '{name}' is offered by {packages}: uninstall one of them")
     return named[0].load()
+
+
+def key_values(pairs: Sequence[str], flag: str) -> dict[str, str]:
+    """Parse a plugin's `key=value` options as the flag `flag` takes them."""
+    parts = [pair.partition("=") for pair in pairs]
+    wrong = [key for key, equals, _ in parts if not equals]
+    if wrong:
+        raise UsageError(f"{flag} {wrong[0]}: write it as key=value")
+    return {key.strip(): value.strip() for key, _, value in parts}

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from safecli.artifacts import atomic, fingerprint, locked, manifest, read_manifest, write_json
 from safecli.config import CostOptions, build, cache_dir
-from safecli.errors import InputError, UsageError
+from safecli.errors import InputError
 from safecli.models import LanguageModel
-from safecli.registry import COSTS, load_plugin
+from safecli.registry import COSTS, key_values, load_plugin
 
 logger = logging.getLogger(__name__)
 
@@ -173,19 +173,12 @@ class CostBackend(Protocol):
         ...
 
 
-def backend_options(names: list[str]) -> dict[str, str]:
-    """Parse `key=value` options of a backend."""
-    pairs = [name.partition("=") for name in names]
-    wrong = [key for key, equals, _ in pairs if not equals]
-    if wrong:
-        raise UsageError(f"--cost-opt {wrong[0]}: write it as key=value")
-    return {key.strip(): value.strip() for key, _, value in pairs}
-
-
 def load_backend(options: CostOptions) -> tuple[type[CostBackend], BaseModel]:
     """The backend's class and its options; `UsageError` for a name or an option that there isn't."""
     backend_class = load_plugin(COSTS, options.cost)
-    return backend_class, build(backend_class.Options, backend_options(options.cost_opt), f"cost '{options.cost}'")
+    return backend_class, build(
+        backend_class.Options, key_values(options.cost_opt, "--cost-opt"), f"cost '{options.cost}'"
+    )
 
 
 def load_cost(

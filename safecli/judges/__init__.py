@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
@@ -51,6 +51,11 @@ class Judge(Protocol):
     def judge(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """One verdict for each pair, in the same order."""
         ...
+
+
+@runtime_checkable
+class PromptReader(Protocol):
+    """A judge that can also tell what a prompt asks for; where one can't, `collect` asks the shipped one."""
 
     def prompt_risk(self, prompts: Sequence[str]) -> list[float]:
         """For each prompt alone: the probability that it asks for something that it should not get."""

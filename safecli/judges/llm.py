@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,8 +67,7 @@ class Usage:
     cached: int = 0
     prompt_tokens: int = 0
     reply_tokens: int = 0
-    cost: float = 0.0
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    dollars: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class LlmJudge:
 
     def __init__(self, options: BaseModel) -> None:
         self.options = self.Options.model_validate(options.model_dump())
-        self.usage = Usage()
+        self.usage, self.lock = Usage(), threading.Lock()
         self.model: Server | Local = Server(self.options) if self.options.base_url else Local(self.options)
         name = fingerprint(self.options.base_url, self.options.model)
         self.cache = _Cache(cache_dir() / "verdicts" / f"{name}.jsonl")
@@ -146,7 +145,7 @@ class LlmJudge:
         key = fingerprint(asked)
         known = self.cache.get(key)
         if known is not None:
-            with self.usage.lock:
+            with self.lock:
                 self.usage.cached += 1
             return verdict_of(read_grade(known, pair.kind))
         problem = ""
@@ -163,11 +162,11 @@ class LlmJudge:
         return Verdict(UNJUDGED, 0.5, (f"no valid verdict after {self.options.retries + 1} replies: {problem}",))
 
     def _count(self, reply: Reply) -> None:
-        with self.usage.lock:
+        with self.lock:
             self.usage.requests += 1
             self.usage.prompt_tokens += reply.prompt_tokens
             self.usage.reply_tokens += reply.reply_tokens
-            self.usage.cost += (
+            self.usage.dollars += (
                 reply.prompt_tokens * self.options.dollars_per_million_in
                 + reply.reply_tokens * self.options.dollars_per_million_out
             ) / 1e6

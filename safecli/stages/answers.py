@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from safecli.artifacts import file_fingerprint, fingerprint, read_json, write_json
-from safecli.config import GenerateOptions
+from safecli.config import GenerateOptions, build
 from safecli.errors import InputError
 from safecli.judges import Judge, Pair
 from safecli.models import LanguageModel, Request, fitting_batch, halving
 from safecli.records import Prompt, Response, append, read_responses, truncate_to_whole, usable
-from safecli.registry import JUDGES, load_plugin
+from safecli.registry import JUDGES, key_values, load_plugin
 from safecli.stages import Reporter
 
 
@@ -27,15 +29,22 @@ class Job:
     temperature: float = 0.0
 
 
-def load_judge(name: str) -> Judge:
-    """The judge plugin of that name with its default options."""
+def judge_options(name: str, chosen: Sequence[str] = ()) -> tuple[type[Judge], BaseModel]:
+    """The judge plugin of that name and its options, from `key=value` or `NAME.key=value`."""
     judge_class = load_plugin(JUDGES, name)
-    return judge_class(judge_class.Options())  # type: ignore[no-any-return]
+    values = key_values([pair.removeprefix(f"{name}.") for pair in chosen], "--judge-opt")
+    return judge_class, build(judge_class.Options, values, f"judge '{name}'")
 
 
-def judge_identity(name: str) -> dict[str, Any]:
-    """What a judge's verdicts depend on: its options, files among them by their content."""
-    values = load_plugin(JUDGES, name).Options().model_dump()
+def load_judge(name: str, chosen: Sequence[str] = ()) -> Judge:
+    """The judge plugin of that name with the options chosen."""
+    judge_class, options = judge_options(name, chosen)
+    return judge_class(options)
+
+
+def judge_identity(name: str, chosen: Sequence[str] = ()) -> dict[str, Any]:
+    """What a judge's verdicts depend on: its name and options, files among them by their content."""
+    values = {"judge": name, **judge_options(name, chosen)[1].model_dump()}
     return {
         key: file_fingerprint(value) if isinstance(value, Path) and value.is_file() else str(value)
         for key, value in values.items()

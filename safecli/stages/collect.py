@@ -9,7 +9,8 @@ from typing import Any
 
 from safecli.artifacts import Stage, open_stage, read_manifest
 from safecli.config import CollectOptions
-from safecli.judges import SUMS
+from safecli.judges import SUMS, PromptReader
+from safecli.judges.outcome import OutcomeJudge
 from safecli.models import adapter_fingerprint, load_model, source_fingerprint
 from safecli.records import Prompt, Response, prompts_fingerprint, read_prompts, shipped
 from safecli.stages import FEW, Reporter, inherit_model
@@ -82,17 +83,18 @@ def _identity(options: CollectOptions, prompts: list[Prompt]) -> dict[str, Any]:
         "options": options.model_dump(mode="json", exclude={"run", "batch_size", "adapter", "prompts", "general"}),
         "prompts": prompts_fingerprint(prompts),
         "model": source_fingerprint(options),
-        "judge": judge_identity(options.judge),
+        "judge": judge_identity(options.judge, options.judge_opt),
         "adapter": options.adapter and adapter_fingerprint(options.adapter),
     }
 
 
 def _collect(options: CollectOptions, prompts: list[Prompt], path: Path, report: Reporter) -> dict[str, Any]:
-    judge = load_judge(options.judge)
+    judge = load_judge(options.judge, options.judge_opt)
     model = load_model(options, options.adapter)
     kept, faults = checked(prompts, model, options, report)
     toxic = [prompt for prompt in kept if prompt.kind == "toxic"]
-    risk = dict(zip((p.prompt for p in toxic), judge.prompt_risk([p.prompt for p in toxic]), strict=True))
+    reader = judge if isinstance(judge, PromptReader) else OutcomeJudge(OutcomeJudge.Options())
+    risk = dict(zip((p.prompt for p in toxic), reader.prompt_risk([p.prompt for p in toxic]), strict=True))
     jobs = [Job(prompt, sample, options.temperature) for prompt in toxic for sample in range(options.samples)]
     jobs += [Job(prompt) for prompt in kept if prompt.kind != "toxic"]
     report.say(f"answering {len(jobs)} prompts with {options.model}")

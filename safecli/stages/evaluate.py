@@ -186,7 +186,7 @@ def _identity(options: EvalOptions, prompts: dict[Kind, list[Prompt]], adapters:
         "options": options.model_dump(mode="json", exclude=skip),
         "prompts": {kind: prompts_fingerprint(found) for kind, found in prompts.items()},
         "model": source_fingerprint(options),
-        "judge": judge_identity(options.judge),
+        "judge": judge_identity(options.judge, options.judge_opt),
         "adapters": {name: adapter_fingerprint(path) for name, path in adapters.items()},
     }
 
@@ -194,7 +194,7 @@ def _identity(options: EvalOptions, prompts: dict[Kind, list[Prompt]], adapters:
 def _evaluate(
     options: EvalOptions, prompts: dict[Kind, list[Prompt]], adapters: dict[str, Path], stage: Stage, report: Reporter
 ) -> None:
-    judge = load_judge(options.judge)
+    judge = load_judge(options.judge, options.judge_opt)
     model = load_model(options)
     base = model.model
     kept, _ = checked([prompt for found in prompts.values() for prompt in found], model, options, report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ KNOWN = tuple(dict.fromkeys((*TOXIC_OUTCOMES, *HARMLESS_OUTCOMES)))
 
 @dataclass(frozen=True)
 class Judged:
-    """What `judge` made: the file, how often each judge found each outcome, and how far a panel agrees."""
+    """What `judge` made: the file, how often each judge found each outcome, what it took, how far a panel agrees."""
 
     path: Path
     rows: int
     outcomes: dict[str, dict[str, int]]
     agreement: float | None
     disagreed: int
+    usage: dict[str, dict[str, float]]
 
 
 def judge_file(file: Path, out: Path, options: JudgeOptions, report: Reporter | None = None) -> Judged:
@@ -46,7 +47,8 @@ def judge_file(file: Path, out: Path, options: JudgeOptions, report: Reporter | 
     names = _names(options)
     rows = read_rows(file, options.prompt_column, options.answer_column)
     pairs = [_pair(row, options) for row in rows]
-    verdicts = {name: _all_verdicts(load_judge(name), name, pairs, report) for name in names}
+    judges = {name: load_judge(name, _own(options.judge_opt, name, names)) for name in names}
+    verdicts = {name: _all_verdicts(judge, name, pairs, report) for name, judge in judges.items()}
     write_rows(out, [row.columns | _columns(verdicts, index) for index, row in enumerate(rows)])
     found = [[verdict.outcome for verdict in verdicts[name]] for name in names]
     return Judged(
@@ -54,6 +56,7 @@ def judge_file(file: Path, out: Path, options: JudgeOptions, report: Reporter | 
         rows=len(rows),
         outcomes={name: dict(Counter(outcomes)) for name, outcomes in zip(names, found, strict=True)},
         agreement=krippendorff(found) if len(names) > 1 else None,
+        usage={name: asdict(used) for name, judge in judges.items() if (used := getattr(judge, "usage", None))},
         disagreed=sum(len(set(outcomes)) > 1 for outcomes in zip(*found, strict=True)),
     )
 
@@ -63,6 +66,13 @@ def _names(options: JudgeOptions) -> list[str]:
     if len(set(names)) < len(names):
         raise UsageError(f"--judge {options.judge}: a panel names every judge once")
     return names
+
+
+def _own(chosen: Sequence[str], name: str, names: Sequence[str]) -> list[str]:
+    """The options of one judge: all of them where it is alone, those that begin with its name in a panel."""
+    if strays := [pair for pair in chosen if len(names) > 1 and pair.partition(".")[0] not in names]:
+        raise UsageError(f"--judge-opt {strays[0]}: in a panel write it as NAME.key=value")
+    return [pair for pair in chosen if len(names) == 1 or pair.startswith(f"{name}.")]
 
 
 def _pair(row: Row, options: JudgeOptions) -> Pair:
@@ -115,7 +125,7 @@ def calibrate(file: Path, options: CalibrateOptions, report: Reporter | None = N
     rows = read_rows(file, options.prompt_column, options.answer_column)
     labels = [_label(row, options.labels) for row in rows]
     positive = _positive(options, labels)
-    judge = load_judge(name)
+    judge = load_judge(name, options.judge_opt)
     wanted = _wanted(options, positive, judge, name)
     verdicts = _all_verdicts(judge, name, [_pair(row, options) for row in rows], report)
     truth = np.array([label in positive for label in labels])
