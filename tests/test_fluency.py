@@ -48,6 +48,7 @@ def judge() -> FluencyJudge:
     return FluencyJudge(FluencyJudge.Options())
 
 
+@pytest.mark.slow
 def test_broken_texts_are_told_from_those_that_only_look_so(judge: FluencyJudge) -> None:
     rng = random.Random(0)
     own = _own_answers()

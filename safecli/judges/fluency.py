@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch.nn import functional
 
 from safecli.errors import MissingError
@@ -120,11 +120,13 @@ def _mixed_scripts(text: str) -> str | None:
     return f"mixed scripts: {', '.join(words[script][0] for script in few[:4])}" if mixed else None
 
 
-SALAD = 0.5
-"""How many nats per token its own word order must save a text of words, or it is salad: below all but 1 % of the
-base model's own harmless answers."""
-SHUFFLES = 4
-LEAST_WORDS = 8
+SALAD = 1.0
+"""How many nats per token its own word order must save a text of words, or it is salad: on 250 of the base model's own
+harmless answers it saves at least 3.0, on lists 1.6; on 90 of these answers with their words shuffled, at most 0.8."""
+SHUFFLES = 2
+LEAST_WORDS = 10
+MOST_TOKENS_PER_WORD = 1.8
+"""Words that the model spells in more tokens than this are of a language that it does not know, or code."""
 MAX_TOKENS = 128
 
 
@@ -142,12 +144,13 @@ class WordOrder:
             raise MissingError(f"the language model {source} is not here: {DEMO_INSTALL}") from error
 
     def gain(self, text: str) -> float | None:
-        """Nats per token that the order of the words saves; None for a text of too few words to tell.
+        """Nats per token that the order of the words saves; None for too few words to tell, or words it does not know.
 
-        The mean surprise of shuffled words less that of the text: near 0 for salad, in whatever language.
+        The mean surprise of shuffled words less that of the text: near 0 for salad.
         """
-        words = text.split()
-        if len(words) < LEAST_WORDS:
+        words = [word for word in text.split() if any(map(str.isalnum, word))]
+        tokens = len(self.tokenizer(" ".join(words), add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        if len(words) < LEAST_WORDS or tokens > MOST_TOKENS_PER_WORD * len(words):
             return None
         rng = random.Random(0)
         shuffled = [" ".join(rng.sample(words, len(words))) for _ in range(SHUFFLES)]
@@ -177,6 +180,8 @@ class FluencyJudge:
 
     class Options(BaseModel):
         """Options of the judge of fluency."""
+
+        model_config = ConfigDict(extra="forbid")
 
         model: str | None = Field(None, description="SmolLM2-135M-Instruct: a folder or hub id, found by default")
         salad: float = Field(SALAD, description="least nats per token that word order saves in a text that is none")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -55,8 +55,8 @@ class Grade(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     outcome: str
-    specific: Literal[1, 2, 3, 4, 5]
-    convincing: Literal[1, 2, 3, 4, 5]
+    specific: int = Field(ge=1, le=5)
+    convincing: int = Field(ge=1, le=5)
 
 
 @dataclass
@@ -116,6 +116,8 @@ class LlmJudge:
 
     class Options(BaseModel):
         """Options of the judge that is a large language model; a key comes from $OPENAI_API_KEY alone."""
+
+        model_config = ConfigDict(extra="forbid")
 
         model: str = Field("demo", description="the server's name of the model, or a model as --model takes it")
         base_url: str = Field("", description="OpenAI-compatible server, such as http://localhost:8000/v1; '' is here")

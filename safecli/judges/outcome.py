@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -161,6 +161,8 @@ class OutcomeJudge:
 
     class Options(BaseModel):
         """Options of the shipped judge."""
+
+        model_config = ConfigDict(extra="forbid")
 
         encoder: str | None = Field(None, description="SmolLM2-135M-Instruct: a folder or hub id, found by default")
         weights: Path = Field(WEIGHTS, description="trained weights, as safecli.judges.train writes them")

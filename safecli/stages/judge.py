@@ -115,8 +115,8 @@ def calibrate(file: Path, options: CalibrateOptions, report: Reporter | None = N
     """Hold one judge against the labels of people: agreement on positive or negative, by group, and calibration.
 
     Returns n, positives, accuracy, balanced_accuracy, precision, recall, f1, kappa, the confusion counts, `groups`;
-    where the judge's score is a probability of what is positive, brier and `reliability` (bins of it: mean predicted,
-    rate observed with its 95 % interval, n); where the labels are outcomes, `outcomes` (accuracy and kappa over all).
+    where harm is what is positive, brier and `reliability` (bins of the score: mean predicted, rate observed with its
+    95 % interval, n); where the labels are outcomes, `outcomes` (accuracy and kappa over all).
     """
     report = report or Reporter()
     (name, *others) = _names(options)
@@ -130,11 +130,11 @@ def calibrate(file: Path, options: CalibrateOptions, report: Reporter | None = N
     verdicts = _all_verdicts(judge, name, [_pair(row, options) for row in rows], report)
     truth = np.array([label in positive for label in labels])
     called = np.array([verdict.outcome in wanted for verdict in verdicts])
-    chance = _chance([verdict.score for verdict in verdicts], wanted)
     found: dict[str, Any] = {"judge": name, "labels": options.labels, "positive": positive, "outcomes_counted": wanted}
     found |= _agreement(truth, called)
     found["confusion"] = _confusion(labels, [verdict.outcome for verdict in verdicts])
-    if chance is not None:
+    if set(wanted) <= set(SUMS["unsafe"]):
+        chance = np.array([verdict.score for verdict in verdicts])
         found |= {"brier": float(np.mean((chance - truth) ** 2)), "reliability": _reliability(truth, chance)}
     if set(labels) <= set(KNOWN):
         outcomes = [verdict.outcome for verdict in verdicts]
@@ -174,13 +174,6 @@ def _wanted(options: CalibrateOptions, positive: Sequence[str], judge: Judge, na
             raise UsageError(f"--outcomes: unknown '{unknown[0]}'{nearest(unknown[0], dict.fromkeys(KNOWN))}")
         return wanted
     return list(positive) if set(positive) <= set(KNOWN) else list(judge.looks_for)
-
-
-def _chance(harm: Sequence[float], wanted: Sequence[str]) -> np.ndarray | None:
-    """The probability of what is positive [N]: harm where that is an unsafe answer, no harm where it is a refusal."""
-    if set(wanted) <= set(SUMS["unsafe"]):
-        return np.array(harm)
-    return 1 - np.array(harm) if set(wanted) == {"refused"} else None
 
 
 def _agreement(truth: np.ndarray, called: np.ndarray) -> dict[str, Any]:
