@@ -84,14 +84,15 @@ def test_a_flag_beats_a_table_beats_the_top_level_beats_the_default(tmp_path: Pa
 def test_a_flag_of_the_whole_run_beats_every_table(tmp_path: Path) -> None:
     content = read_toml(_toml(tmp_path, 'seed = 1\nrun = "a"\n[train]\nseed = 3\nsteps = 7\n[eval]\nrun = "b"\n'))
     content = override(content, {"seed": 5, "run": Path("c")})
-    assert [(_options(content, stage).seed, str(_options(content, stage).run)) for stage, _ in EVERY] == [(5, "c")] * 5
+    assert {_options(content, stage).seed for stage, _ in EVERY} == {5}
+    assert {str(_options(content, stage).run) for stage, kind in EVERY if "run" in kind.model_fields} == {"c"}
     assert _options(content, "train").steps == 7
 
 
 @pytest.mark.parametrize("head", ["", 'run = "runs/x"\nseed = 2\n'])
 def test_a_table_named_like_an_option_is_not_its_value(tmp_path: Path, head: str) -> None:
     content = read_toml(_toml(tmp_path, head + "[collect]\n[cost]\n[train]\n[eval]\n"))
-    assert [_options(content, stage).seed for stage, _ in EVERY] == [2 if head else 0] * 5
+    assert {_options(content, stage).seed for stage, _ in EVERY} == {2 if head else 0}
     assert _options(content, "train").cost == "token"
     assert _options(content, "cost").cost == "token"
 
