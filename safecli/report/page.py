@@ -62,7 +62,7 @@ def write_report(
         style=Markup(style),
         script=Markup(script),
         policy=f"default-src 'none'; base-uri 'none'; form-action 'none'; "
-        f"style-src '{_source(style)}'; script-src '{_source(script)}'",
+        f"style-src '{csp_hash(style)}'; script-src '{csp_hash(script)}'",
     )
     with atomic(path) as beside:
         beside.write_text(page, encoding="utf-8")
@@ -122,5 +122,6 @@ def _side_by_side(answers: Sequence[Mapping[str, Any]], models: Sequence[str]) -
     return [_Prompt(name, key, rows[0]["prompt"], rows) for (name, key), rows in grouped.items()]
 
 
-def _source(text: str) -> str:
+def csp_hash(text: str) -> str:
+    """The source expression that lets a content security policy admit exactly this inline style or script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

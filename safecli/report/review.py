@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import secrets
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from markupsafe import Markup
 
 from safecli.judges import Kind, outcomes_of
 from safecli.records import Row, append_values, read_jsonl
+from safecli.report.page import csp_hash
 from safecli.report.untrusted import visible
 
 _HERE = Path(__file__).parent
@@ -132,10 +131,6 @@ def _page() -> tuple[str, str]:
     policy = (
         "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         "connect-src 'self'; img-src data:; "
-        f"style-src '{_source(inner)}'; script-src '{_source(script)}'"
+        f"style-src '{csp_hash(inner)}'; script-src '{csp_hash(script)}'"
     )
     return page, policy
-
-
-def _source(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
