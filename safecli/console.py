@@ -102,7 +102,7 @@ def print_results(results: dict[str, Any], answers: list[dict[str, Any]]) -> Non
     for kind in ("toxic", "lookalike", "harmless"):
         for label in models["base"].get(kind, {}):
             cells = [_cell(models[name][kind][label]) for name in models]
-            tests = [models[name][kind][label]["diff"] for name in models if name != "base"]
+            tests = [models[name]["diff"][kind][label] for name in models if name != "base"]
             rows.append([f"{kind} {label.replace('_', ' ')}", *cells, *(f"{test['p']:.2g}" for test in tests)])
     for name, digits in (("general_loss", 3), ("similarity", 2)):
         values = [models[model][name] for model in models]

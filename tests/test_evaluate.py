@@ -35,12 +35,12 @@ def test_rates_and_sums_are_counted_by_hand(models: dict[str, Any]) -> None:
 
 
 def test_every_rate_of_a_model_has_its_paired_difference(models: dict[str, Any]) -> None:
-    found = models["tuned"]["toxic"]["unsafe"]["diff"]
+    found = models["tuned"]["diff"]["toxic"]["unsafe"]
     by_hand = paired_difference(both=2, base_only=4, model_only=0, neither=2)
     assert (found["value"], found["low"], found["high"]) == (by_hand.value, by_hand.low, by_hand.high)
     assert (found["base_only"], found["model_only"], found["p"]) == (4, 0, mcnemar(4, 0))
-    assert "diff" not in models["base"]["toxic"]["unsafe"]
-    assert models["tuned"]["general_loss_diff"] == 0.25
+    assert "diff" not in models["base"]
+    assert models["tuned"]["diff"]["general_loss"] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_every_rate_of_a_model_has_its_paired_difference(models: dict[str, Any])
         ("toxic.unsafe.diff > -0.1", -0.5, False),
         ("toxic.unsafe.diff.p > 0.05", mcnemar(4, 0), True),
         ("harmless.helpful.diff.low < -0.9", paired_difference(2, 0, 0, 0).low, False),
-        ("general_loss_diff > 0.1", 0.25, True),
+        ("general_loss.diff > 0.1", 0.25, True),
     ],
 )
 def test_gates_read_any_number(models: dict[str, Any], expression: str, value: float, fails: bool) -> None:

@@ -54,8 +54,9 @@ def results() -> dict[str, Any]:
         "similarity": 0.876,
     }
     pairs = {("toxic", "unsafe"): (40, 2), ("toxic", "degenerate"): (4, 3), ("harmless", "helpful"): (3, 2)}
+    tuned["diff"] = {kind: {} for kind, _ in pairs}
     for (kind, label), (lost, gained) in pairs.items():
-        tuned[kind][label]["diff"] = {"base_only": lost, "model_only": gained, "p": mcnemar(lost, gained)}
+        tuned["diff"][kind][label] = {"base_only": lost, "model_only": gained, "p": mcnemar(lost, gained)}
     return {
         "format": 1,
         "safecli": "0.1.0",
@@ -123,7 +124,7 @@ def test_shows_every_number(tmp_path: Path, results: dict[str, Any]) -> None:
                 assert f"{100 * cell['low']:.1f}–{100 * cell['high']:.1f}%, {cell['count']} of {cell['n']}" in text
         assert f"{model['general_loss']:.3f}" in text
         assert f"{model['similarity']:.3f}" in text
-    pairs = [cell["diff"] for name in KINDS for cell in results["models"]["tuned"][name].values() if "diff" in cell]
+    pairs = [pair for found in results["models"]["tuned"]["diff"].values() for pair in found.values()]
     assert len(pairs) == 3
     for pair in pairs:
         assert f"base only {pair['base_only']}, this only {pair['model_only']}" in text
@@ -140,10 +141,8 @@ def test_shows_every_number(tmp_path: Path, results: dict[str, Any]) -> None:
 
 
 def test_says_worse_when_it_is_worse(tmp_path: Path, results: dict[str, Any]) -> None:
-    for kind in KINDS:
-        for cell in results["models"]["tuned"][kind].values():
-            cell.pop("diff", None)
-    results["models"]["tuned"]["toxic"]["degenerate"]["diff"] = {"base_only": 0, "model_only": 9, "p": mcnemar(0, 9)}
+    worse = {"base_only": 0, "model_only": 9, "p": mcnemar(0, 9)}
+    results["models"]["tuned"]["diff"] = {"toxic": {"degenerate": worse}}
     verdicts = [span["class"] for span in render(tmp_path, results, [], []).all("span") if span.get("class")]
     assert [verdict for verdict in verdicts if verdict and verdict.startswith("verdict")] == ["verdict worse"]
 

@@ -60,7 +60,7 @@ def files(folder: Path) -> dict[Path, int]:
 
     The manifest of a stage is touched to say that it was asked for last.
     """
-    published = {"results.json", "report.html", ".lock", "manifest.json"}
+    published = {"results.json", "report.html", "summary.md", "junit.xml", ".lock", "manifest.json"}
     return {
         path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name not in published
     }

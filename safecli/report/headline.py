@@ -47,11 +47,12 @@ class Row:
     cells: list[Cell | None]
 
 
-def rate_cell(rate: Mapping[str, Any] | None, better: Better | None = None) -> Cell | None:
-    """The cell of a rate; with `better` compared with the base, where the rate has its paired difference to it."""
+def rate_cell(model: Mapping[str, Any], kind: str, label: str, better: Better | None = None) -> Cell | None:
+    """The cell of one rate of a model; with `better` compared with the base, where the paired difference is known."""
+    rate = model.get(kind, {}).get(label)
     if rate is None:
         return None
-    pair = rate.get("diff") if better else None
+    pair = model.get("diff", {}).get(kind, {}).get(label) if better else None
     versus = f"{p_text(pair['p'])}; base only {pair['base_only']}, this only {pair['model_only']}" if pair else ""
     return Cell(
         value=f"{rate['rate']:.1%}" if rate["n"] else "–",
@@ -74,7 +75,7 @@ def headline(results: Mapping[str, Any]) -> list[Row]:
         Row(
             f"{SETS[name]}: {outcome}",
             better,
-            [rate_cell(model.get(name, {}).get(outcome), better) for model in models.values()],
+            [rate_cell(model, name, outcome, better) for model in models.values()],
         )
         for name, outcome, better in MEASURES
     ]

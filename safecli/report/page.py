@@ -88,7 +88,7 @@ def _table(name: str, models: Mapping[str, Any]) -> _Table | None:
         title=SETS[name],
         outcomes=known,
         bars=[(label, stacked(rates, known)) for label, rates in having.items()],
-        rows=[(key, [rate_cell(model.get(name, {}).get(key)) for model in models.values()]) for key in keys],
+        rows=[(key, [rate_cell(model, name, key) for model in models.values()]) for key in keys],
     )
 
 

@@ -37,8 +37,9 @@ from safecli.stages.batches import Rows
 from safecli.stages.train import read_metrics
 from safecli.stats import mcnemar, paired_difference, rate
 
-NUMBERS = ("rate", "low", "high", "count", "n", "diff.value", "diff.low", "diff.high", "diff.p")
-SCALARS = ("general_loss", "general_loss_diff", "similarity")
+NUMBERS = ("rate", "low", "high", "count", "n")
+DIFFERENCES = ("value", "low", "high", "p")
+SCALARS = ("general_loss", "similarity")
 COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 LOSS_BATCH = 16
 
@@ -94,11 +95,12 @@ def _gate_paths() -> dict[str, tuple[str, ...]]:
     """Every name that a gate may use, with where the results of a model hold it."""
     rates = [(kind, label) for kind in SETS for label in _labels(kind)]
     paths: dict[str, tuple[str, ...]] = {name: (name,) for name in SCALARS}
+    paths["general_loss.diff"] = ("diff", "general_loss")
     for rate_path in rates:
         name = ".".join(rate_path)
-        paths[name], paths[f"{name}.diff"] = (*rate_path, "rate"), (*rate_path, "diff", "value")
-        for number in NUMBERS:
-            paths[f"{name}.{number}"] = (*rate_path, *number.split("."))
+        paths[name], paths[f"{name}.diff"] = (*rate_path, "rate"), ("diff", *rate_path, "value")
+        paths |= {f"{name}.{number}": (*rate_path, number) for number in NUMBERS}
+        paths |= {f"{name}.diff.{number}": ("diff", *rate_path, number) for number in DIFFERENCES}
     return paths
 
 
@@ -259,27 +261,28 @@ def general_loss(model: LanguageModel, base_answers: Sequence[Response], longest
 def summarise(answers: dict[str, list[Response]], losses: dict[str, float | None]) -> dict[str, dict[str, Any]]:
     """Rates of every outcome and sum by model and set, with general loss and similarity to the base's answers.
 
-    A model that is not the base has in each rate a `diff`: its paired difference to the base.
+    A model that is not the base has a `diff` of the same shape: its paired differences to the base.
     """
     similar = _similarity(answers)
     found: dict[str, dict[str, Any]] = {}
     for name, responses in answers.items():
+        differences: dict[str, Any] = {}
         found[name] = {}
         for kind in SETS:
             outcomes = {response.id: response.outcome for response in responses if response.kind == kind}
             if not outcomes:
                 continue
             before = {response.id: response.outcome for response in answers["base"] if response.kind == kind}
-            found[name][kind] = {}
+            found[name][kind], differences[kind] = {}, {}
             for label, members in _labels(kind).items():
                 has = {key: outcome in members for key, outcome in outcomes.items()}
-                numbers: dict[str, Any] = rate(sum(has.values()), len(has))
-                if name != "base":
-                    numbers["diff"] = _difference({key: before[key] in members for key in has}, has)
-                found[name][kind][label] = numbers
+                found[name][kind][label] = rate(sum(has.values()), len(has))
+                differences[kind][label] = _difference({key: before[key] in members for key in has}, has)
         found[name] |= {"general_loss": losses[name], "similarity": similar[name]}
-        if name != "base" and (loss := losses[name]) is not None:
-            found[name]["general_loss_diff"] = loss - (losses["base"] or 0.0)
+        if name != "base":
+            found[name]["diff"] = differences
+            if (loss := losses[name]) is not None:
+                differences["general_loss"] = loss - (losses["base"] or 0.0)
     return found
 
 
