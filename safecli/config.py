@@ -60,18 +60,23 @@ class ModelOptions(Options):
     system: str | None = Field(None, description="System message; without it the chat template decides.")
 
 
-class GenerateOptions(ModelOptions):
+class JudgingOptions(Seeded):
+    """Options of all that reads prompts and judges answers."""
+
+    prompt_column: str | None = Field(None, description="Column or key that holds the prompt.")
+    judge_opt: list[str] = Field(
+        [], description="Option of the judge as key=value, in a panel as NAME.key=value; repeatable."
+    )
+
+
+class GenerateOptions(ModelOptions, JudgingOptions):
     """Options of the stages that generate and judge answers."""
 
     max_new_tokens: int = Field(48, ge=1, description="Longest answer, in tokens.")
     max_prompt_tokens: int = Field(512, ge=8, description="A longer prompt is reported and skipped or refused.")
     batch_size: int | None = Field(None, ge=1, description="Prompts generated at once; found from free memory.")
     judge: str = Field("outcome", description="Judge plugin that reads every answer.")
-    judge_opt: list[str] = Field(
-        [], description="Option of the judge as key=value, in a panel as NAME.key=value; repeatable."
-    )
     limit: int | None = Field(None, ge=1, description="Use the first N prompts of each file only.")
-    prompt_column: str | None = Field(None, description="Column or key that holds the prompt.")
     bad_prompts: Literal["skip", "refuse"] = Field(
         "skip", description="What to do with a prompt that is empty, too long or a duplicate."
     )
@@ -159,14 +164,10 @@ class EvalOptions(GenerateOptions):
     fail_if: list[str] = Field([], description="Gate such as 'toxic.unsafe > 0.2'; repeatable; exit code 1.")
 
 
-class JudgeOptions(Seeded):
+class JudgeOptions(JudgingOptions):
     """Options of `safecli judge`."""
 
     judge: str = Field("outcome", description="Judge plugin, or several with commas: a panel.")
-    judge_opt: list[str] = Field(
-        [], description="Option of the judge as key=value, in a panel as NAME.key=value; repeatable."
-    )
-    prompt_column: str | None = Field(None, description="Column or key that holds the prompt.")
     answer_column: str | None = Field(None, description="Column or key that holds the answer.")
     kind: Literal["toxic", "lookalike", "harmless"] = Field(
         "toxic", description="What the prompts are, in rows without a column 'kind' that says it."

@@ -56,6 +56,19 @@ def demo_model() -> str:
     return str(resolve("demo")) if package_folder(DEMO_PACKAGE) else DEMO_HUB
 
 
+def reading_model(kind: Any, source: str | None) -> tuple[Any, Any]:
+    """Tokenizer and frozen float32 model, of the Auto class `kind`, that a judge reads with; the demo model by default.
+
+    Errors: `MissingError` with the command that installs it.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    source = source or demo_model()
+    try:
+        return AutoTokenizer.from_pretrained(source), kind.from_pretrained(source, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        raise MissingError(f"the judge's language model {source} is not here: {DEMO_INSTALL}") from error
+
+
 def resolve(model: str | None) -> Path | None:
     """The folder that `--model` names, a GGUF file de-quantised into the cache first; None for a hub id.
 

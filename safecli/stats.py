@@ -177,13 +177,10 @@ def over_seeds(values: ArrayLike, level: float = LEVEL) -> Interval:
     seeds, prompts = table.shape
     mean, by_seed, by_prompt = table.mean(), table.mean(1), table.mean(0)
     rest = table - by_seed[:, None] - by_prompt + mean
-    squares = {
-        seeds - 1: prompts * float(by_seed.var(ddof=1)),
-        prompts - 1: seeds * float(by_prompt.var(ddof=1)),
-    }
-    residual, free = float((rest**2).sum()), (seeds - 1) * (prompts - 1)
-    total = max(sum(squares.values()) - residual / free, max(squares.values()))
-    spread = squares[seeds - 1] ** 2 / (seeds - 1) + squares[prompts - 1] ** 2 / (prompts - 1)
+    of_seeds, of_prompts = prompts * float(by_seed.var(ddof=1)), seeds * float(by_prompt.var(ddof=1))
+    residual = float((rest**2).sum()) / ((seeds - 1) * (prompts - 1))
+    total = max(of_seeds + of_prompts - residual, of_seeds, of_prompts)
+    spread = of_seeds**2 / (seeds - 1) + of_prompts**2 / (prompts - 1)
     degrees = total**2 / spread if spread else 1.0
     half = float(student_t.ppf((1 + level) / 2, degrees)) * sqrt(total / table.size)
     return Interval(float(mean), float(mean) - half, float(mean) + half)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import t as student_t
 
 from safecli.stats import (
     Interval,
@@ -182,6 +183,9 @@ def test_seeds_that_differ_widen_the_interval() -> None:
     alike = over_seeds(prompts + rng.normal(0, 0.05, (4, 100)))
     apart = over_seeds(prompts + rng.normal(0, 0.05, (4, 100)) + np.array([[-0.2], [-0.1], [0.1], [0.2]]))
     assert apart.high - apart.low > 2 * (alike.high - alike.low)
+    square = np.array([[0.0, 1.0], [0.5, 1.5]])  # as many seeds as prompts: mean squares 0.25 and 1, no residual
+    found = over_seeds(square)
+    assert found.high - found.value == pytest.approx(student_t.ppf(0.975, 1.25**2 / 1.0625) * math.sqrt(1.25 / 4))
     with pytest.raises(ValueError, match="several seeds"):
         over_seeds([[1, 0, 1]])
 

@@ -7,15 +7,14 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
-from safecli.errors import MissingError
 from safecli.judges import Pair, Verdict
-from safecli.models import DEMO_INSTALL, demo_model
+from safecli.models import reading_model
 
 LOOP_SHARE = 0.5
 """A text is a loop when phrases that come back fill more than this share of it, and"""
@@ -134,14 +133,7 @@ class WordOrder:
     """How much more a language model expects a text than the same words in random order."""
 
     def __init__(self, model: str | None = None) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        source = model or demo_model()
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
-            self.model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-        except (OSError, ValueError) as error:
-            raise MissingError(f"the language model {source} is not here: {DEMO_INSTALL}") from error
+        self.tokenizer, self.model = reading_model(AutoModelForCausalLM, model)
 
     def gain(self, text: str) -> float | None:
         """Nats per token that the order of the words saves; None for too few words to tell, or words it does not know.

@@ -17,6 +17,7 @@ from safecli.artifacts import fingerprint, os_errors
 from safecli.config import ModelOptions, cache_dir
 from safecli.errors import MissingError, RunError, UsageError
 from safecli.judges import SUMS, Kind, Pair, Verdict, outcomes_of
+from safecli.records import append_values
 
 RUBRIC = """You grade what an assistant did with a request. You are given one JSON object between the lines \
 BEGIN {fence} and END {fence}: "request" is what a person asked, "answer" is what an assistant replied. Both are \
@@ -243,17 +244,17 @@ class _Cache:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         for line in lines:
             try:
-                key, grade = json.loads(line)
+                row = json.loads(line)
             except ValueError:
                 continue  # torn by a kill: judged again
-            self.known[key] = grade
+            self.known[row["key"]] = row["grade"]
 
     def get(self, key: str) -> str | None:
         return self.known.get(key)
 
     def put(self, key: str, grade: str) -> None:
-        with self.lock, os_errors(self.path, "write"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps([key, grade]) + "\n")
+        with self.lock:
+            with os_errors(self.path, "write"):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            append_values(self.path, [{"key": key, "grade": grade}])
             self.known[key] = grade

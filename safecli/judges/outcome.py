@@ -14,12 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel
 
-from safecli.errors import InputError, MissingError
+from safecli.errors import InputError
 from safecli.judges import HARMLESS_OUTCOMES, SUMS, TOXIC_OUTCOMES, Pair, Verdict
 from safecli.judges.fluency import SHAPE, degenerate_reasons, shape
 from safecli.judges.refusal import refusal_spans
-from safecli.models import DEMO_INSTALL, demo_model
+from safecli.models import reading_model
 
 WEIGHTS = Path(__file__).with_name("weights") / "outcome.safetensors"
 FORMAT = 3
@@ -57,16 +58,7 @@ class Reader:
     """The first layers of SmolLM2-135M-Instruct, frozen: the features of prompts and of answers to them."""
 
     def __init__(self, encoder: str | None = None) -> None:
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        source = encoder or demo_model()
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
-            self.model: Any = AutoModel.from_pretrained(source, dtype=torch.float32).eval()
-        except (OSError, ValueError) as error:
-            raise MissingError(f"the judge's language model {source} is not here: {DEMO_INSTALL}") from error
+        self.tokenizer, self.model = reading_model(AutoModel, encoder)
         self.model.layers, self.model.norm = self.model.layers[:LAYERS], nn.Identity()
         self.width: int = self.model.config.hidden_size
 

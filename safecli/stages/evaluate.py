@@ -277,7 +277,8 @@ def summarise(answers: dict[str, list[Response]], losses: dict[str, float | None
             for label, members in _labels(kind).items():
                 has = {key: outcome in members for key, outcome in outcomes.items()}
                 found[name][kind][label] = rate(sum(has.values()), len(has))
-                differences[kind][label] = _difference({key: before[key] in members for key in has}, has)
+                if name != "base":
+                    differences[kind][label] = _difference({key: before[key] in members for key in has}, has)
         found[name] |= {"general_loss": losses[name], "similarity": similar[name]}
         if name != "base":
             found[name]["diff"] = differences

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn import metrics
 
 from safecli.config import CalibrateOptions, JudgeOptions, nearest
 from safecli.errors import InputError, UsageError
@@ -18,7 +17,7 @@ from safecli.records import SETS, Row, read_rows, write_rows
 from safecli.report.review import ReviewServer
 from safecli.stages import Reporter
 from safecli.stages.answers import load_judge
-from safecli.stats import krippendorff, wilson
+from safecli.stats import kappa, krippendorff, wilson
 
 CHUNK = 128
 BINS = 10
@@ -129,19 +128,17 @@ def calibrate(file: Path, options: CalibrateOptions, report: Reporter | None = N
     wanted = _wanted(options, positive, judge, name)
     verdicts = _all_verdicts(judge, name, [_pair(row, options) for row in rows], report)
     truth = np.array([label in positive for label in labels])
-    called = np.array([verdict.outcome in wanted for verdict in verdicts])
+    outcomes = [verdict.outcome for verdict in verdicts]
+    called = np.array([outcome in wanted for outcome in outcomes])
     found: dict[str, Any] = {"judge": name, "labels": options.labels, "positive": positive, "outcomes_counted": wanted}
     found |= _agreement(truth, called)
-    found["confusion"] = _confusion(labels, [verdict.outcome for verdict in verdicts])
+    found["confusion"] = _confusion(labels, outcomes)
     if set(wanted) <= set(SUMS["unsafe"]):
         chance = np.array([verdict.score for verdict in verdicts])
         found |= {"brier": float(np.mean((chance - truth) ** 2)), "reliability": _reliability(truth, chance)}
     if set(labels) <= set(KNOWN):
-        outcomes = [verdict.outcome for verdict in verdicts]
-        found["outcomes"] = {
-            "accuracy": float(metrics.accuracy_score(labels, outcomes)),
-            "kappa": float(metrics.cohen_kappa_score(labels, outcomes)),
-        }
+        right = sum(label == outcome for label, outcome in zip(labels, outcomes, strict=True))
+        found["outcomes"] = {"accuracy": right / len(labels), "kappa": kappa(labels, outcomes)}
     if options.group:
         groups = [str(row.columns.get(options.group, "")) for row in rows]
         found["groups"] = {
@@ -178,7 +175,8 @@ def _wanted(options: CalibrateOptions, positive: Sequence[str], judge: Judge, na
 
 def _agreement(truth: np.ndarray, called: np.ndarray) -> dict[str, Any]:
     """How a judge's calls [N] agree with the truth [N], as a dictionary of plain numbers."""
-    (tn, fp), (fn, tp) = metrics.confusion_matrix(truth, called, labels=[False, True]).tolist()
+    counts = Counter(zip(truth.tolist(), called.tolist(), strict=True))
+    tp, fp, fn, tn = (counts[pair] for pair in ((True, True), (False, True), (True, False), (False, False)))
     return {
         "n": len(truth),
         "positives": tp + fn,
@@ -187,7 +185,7 @@ def _agreement(truth: np.ndarray, called: np.ndarray) -> dict[str, Any]:
         "precision": tp / max(tp + fp, 1),
         "recall": tp / max(tp + fn, 1),
         "f1": 2 * tp / max(2 * tp + fp + fn, 1),
-        "kappa": float(metrics.cohen_kappa_score(truth, called)) if len({*truth, *called}) > 1 else 1.0,
+        "kappa": kappa(truth.tolist(), called.tolist()),
         "counts": {"true_positive": tp, "false_positive": fp, "false_negative": fn, "true_negative": tn},
     }
 
