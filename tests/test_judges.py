@@ -9,9 +9,9 @@ from safecli.artifacts import file_fingerprint
 from safecli.errors import InputError, MissingError
 from safecli.judges import Pair
 from safecli.judges.fluency import degenerate_reasons
-from safecli.judges.outcome import UNSAFE, WEIGHTS, OutcomeJudge, plain
+from safecli.judges.outcome import UNSAFE, WEIGHTS, OutcomeJudge, Reader, plain
 from safecli.judges.refusal import refusal_spans
-from safecli.judges.train import Recipe, cross_validate, examples, fit, logistic, read, report, save
+from safecli.judges.train import Recipe, cross_validate, fit, logistic, read, report, save
 from safecli.stages.answers import judge_identity
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -146,11 +146,12 @@ def test_weights_are_small() -> None:
 
 
 def test_a_prompt_reads_the_same_alone_and_with_an_answer(judge: OutcomeJudge) -> None:
-    width = judge.reader.width
-    paired = judge.reader.features([Pair(PICK, PICKED), Pair(BREAD, "")])
+    hidden, part = judge.reader.read([Pair(PICK, PICKED), Pair(BREAD, "")])
+    paired = torch.stack([states[of == 1].mean(0) for states, of in zip(hidden, part, strict=True)])
     alone = judge.reader.prompt_features([PICK, BREAD])
-    torch.testing.assert_close(paired[:, width : 2 * width], alone, rtol=1e-3, atol=1e-3)
-    assert not paired[1, :width].any()
+    torch.testing.assert_close(paired, alone, rtol=1e-3, atol=1e-3)
+    width = judge.reader.width
+    assert not judge.reader.features([Pair(BREAD, "")])[0, :width].any()
 
 
 def test_a_judge_is_known_by_its_weights() -> None:
@@ -170,18 +171,26 @@ def test_foreign_weights_are_refused(tmp_path: Path) -> None:
         OutcomeJudge(OutcomeJudge.Options(weights=tmp_path / "other.safetensors"))
 
 
-def test_trained_heads_judge_alike_once_saved(tmp_path: Path, judge: OutcomeJudge) -> None:
-    rows = read([LABELS])[::100]
-    recipe = Recipe(made_share=0.0)
-    data = examples(rows, judge.reader, recipe)
-    heads = fit(data, recipe)
-    save(heads, tmp_path / "judge.safetensors", {})
+def test_a_trained_judge_judges_alike_once_saved(tmp_path: Path) -> None:
+    rows = read([LABELS])[::75]
+    recipe = Recipe(epochs=6, batch=8, lr=2e-3, made_share=0.1)
+    reader, heads = fit(rows, recipe)
+    save(reader, heads, tmp_path / "judge.safetensors", {})
     saved = OutcomeJudge(OutcomeJudge.Options(weights=tmp_path / "judge.safetensors"))
-    assert all(torch.equal(saved.heads[name], value) for name, value in heads.items())
-    own = [row.labels[0] == found.outcome for row, found in zip(rows, saved.judge([r.pair for r in rows]), strict=True)]
-    held = cross_validate(rows, data, recipe, 3)
+    pairs = [row.pair for row in rows]
+    torch.testing.assert_close(saved.reader.features(pairs), reader.features(pairs), atol=0.05, rtol=0.05)
+    right = [row.labels[0] == found.outcome for row, found in zip(rows, saved.judge(pairs), strict=True)]
+    held = cross_validate(rows, Recipe(epochs=1), 2)
     unseen = [row.labels[0] == found.outcome for row, found in zip(rows, held, strict=True)]
-    assert sum(own) > 0.8 * len(rows) > sum(unseen) > 0.3 * len(rows)
+    assert sum(right) > 0.8 * len(rows) > sum(unseen) > 0.3 * len(rows)
+
+
+def test_an_untrained_lora_changes_nothing() -> None:
+    torch.manual_seed(0)
+    first, second = Reader(), Reader()
+    pairs = [Pair(PICK, PICKED), Pair(BREAD, BAKED)]
+    torch.testing.assert_close(first.features(pairs), second.features(pairs))
+    assert all("lora" in name for name, weight in first.upper.named_parameters() if weight.requires_grad)
 
 
 def test_heads_are_the_minimum_of_their_loss() -> None:

@@ -5,21 +5,36 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+from transformers import get_linear_schedule_with_warmup
 
 from safecli.artifacts import atomic, file_fingerprint
 from safecli.errors import InputError
 from safecli.judges import SUMS, Pair, Verdict
-from safecli.judges.outcome import FORMAT, HEADS, OUTCOMES, WEIGHTS, OutcomeJudge, Reader, by_heads, by_rules, head_of
+from safecli.judges.fluency import SHAPE, shape
+from safecli.judges.outcome import (
+    FORMAT,
+    HEADS,
+    OUTCOMES,
+    WEIGHTS,
+    Reader,
+    by_heads,
+    by_length,
+    by_rules,
+    head_of,
+    plain,
+)
 from safecli.records import read_jsonl
 from safecli.stats import kappa
 
@@ -28,7 +43,11 @@ from safecli.stats import kappa
 class Recipe:
     """The numbers that training is made of."""
 
-    penalty: float = 0.1
+    epochs: int = 2
+    batch: int = 32
+    lr: float = 1e-3
+    head_lr: float = 5e-3
+    dropout: float = 0.1
     prompt_penalty: float = 0.2
     made_share: float = 0.15
     seed: int = 0
@@ -94,41 +113,94 @@ def _long_words(text: str) -> set[str]:
     return {word for word in text.lower().split() if len(word) > 4}
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Labelled answers as their heads see them: what decides, and what is right."""
-
-    rows: list[Labelled]
-    features: Tensor
-    prompts: list[Pair]
-    prompt_features: Tensor
-
-
-def examples(rows: Sequence[Labelled], reader: Reader, recipe: Recipe) -> Examples:
-    """Read the rows, those that are made of them, and each prompt by itself."""
+def fit(rows: Sequence[Labelled], recipe: Recipe, device: str = "auto") -> tuple[Reader, dict[str, Tensor]]:
+    """Train the LoRA and the heads over outcomes together, then the head over prompts: a reader and its heads."""
+    torch.manual_seed(recipe.seed)
     known = [*rows, *made(rows, recipe.made_share, random.Random(recipe.seed))]
+    reader = Reader(device=device)
+    shapes = torch.tensor([shape(row.pair.prompt, plain(row.pair.answer)) for row in known])
+    centre, scale = shapes.mean(0), shapes.std(0).clamp(min=1e-6)
+    heads = {name: nn.Linear(2 * reader.width + SHAPE, len(OUTCOMES[name])).to(reader.device) for name in OUTCOMES}
+    _descend(reader, heads, known, ((shapes - centre) / scale).to(reader.device), recipe)
+    found: dict[str, Tensor] = {}
+    for name, head in heads.items():
+        weight, bias = head.weight.detach().cpu(), head.bias.detach().cpu()
+        weight[:, -SHAPE:] /= scale
+        found |= {f"{name}.weight": weight, f"{name}.bias": bias - weight[:, -SHAPE:] @ centre}
     prompts = list({row.pair.prompt: row.pair for row in rows}.values())
-    features = reader.features([row.pair for row in known])
-    return Examples(known, features, prompts, reader.prompt_features([pair.prompt for pair in prompts]))
-
-
-def fit(data: Examples, recipe: Recipe, without: frozenset[str] = frozenset()) -> dict[str, Tensor]:
-    """Train the heads on all but the prompts of `without`; tensors as `OutcomeJudge` has them."""
-    heads: dict[str, Tensor] = {}
-    for head in OUTCOMES:
-        own = [i for i, row in enumerate(data.rows) if head_of(row.pair) == head and row.pair.prompt not in without]
-        truth = _targets([data.rows[i] for i in own], head)
-        heads |= logistic(head, data.features[own], truth, recipe.penalty)
-    own = [i for i, pair in enumerate(data.prompts) if pair.prompt not in without]
-    kinds = torch.tensor([HEADS["prompt"].index(head_of(data.prompts[i])) for i in own])
+    kinds = torch.tensor([HEADS["prompt"].index(head_of(pair)) for pair in prompts])
     truth = functional.one_hot(kinds, len(HEADS["prompt"])).double()
-    return heads | logistic("prompt", data.prompt_features[own], truth, recipe.prompt_penalty)
+    features = reader.prompt_features([pair.prompt for pair in prompts])
+    return reader, found | logistic("prompt", features, truth, recipe.prompt_penalty)
+
+
+def _descend(
+    reader: Reader, heads: dict[str, nn.Linear], rows: Sequence[Labelled], shapes: Tensor, recipe: Recipe
+) -> None:
+    """Gradient descent on the readers' mean labels; outcomes weigh by the root of how rare they are."""
+    below = _read_below(reader, rows)
+    truth = {name: _targets(rows, name).to(reader.device) for name in OUTCOMES}
+    rarity = {name: _rarity(target.sum(0)) for name, target in truth.items()}
+    lora = [weight for weight in reader.upper.parameters() if weight.requires_grad]
+    linear = [weight for head in heads.values() for weight in head.parameters()]
+    for weight in linear:
+        nn.init.zeros_(weight)
+    groups = [{"params": lora, "lr": recipe.lr}, {"params": linear, "lr": recipe.head_lr}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    total = recipe.epochs * -(-len(rows) // recipe.batch)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(0.06 * total), total)
+    reader.upper.train()
+    for step, batch in enumerate(_batches([len(part) for _, part in below], recipe), start=1):
+        hidden = pad_sequence([below[i][0] for i in batch], batch_first=True).to(reader.device)
+        part = pad_sequence([below[i][1] for i in batch], batch_first=True, padding_value=-1).to(reader.device)
+        with torch.autocast(reader.device.type, dtype=torch.bfloat16):
+            pooled = reader.pooled(hidden, part)
+        features = functional.dropout(torch.cat([pooled.float(), shapes[batch]], dim=1), recipe.dropout)
+        losses = [
+            functional.cross_entropy(heads[name](features), truth[name][batch] * rarity[name]) for name in OUTCOMES
+        ]
+        optimizer.zero_grad()
+        torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_([*lora, *linear], 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            typer.echo(f"step {step} of {total}", err=True)
+    reader.upper.eval()
+
+
+def _read_below(reader: Reader, rows: Sequence[Labelled]) -> list[tuple[Tensor, Tensor]]:
+    """What the frozen layers make of every row, once: hidden states [L, d] in bfloat16, and parts [L]."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for batch in by_length([len(row.pair.prompt) + len(row.pair.answer) for row in rows]):
+        with torch.autocast(reader.device.type, dtype=torch.bfloat16):
+            hidden, part = reader.read([rows[i].pair for i in batch])
+        for i, states, of in zip(batch, hidden.bfloat16().cpu(), part.cpu(), strict=True):
+            found[i] = states[of >= 0].clone(), of[of >= 0]
+    return [found[i] for i in range(len(rows))]
+
+
+def _batches(lengths: Sequence[int], recipe: Recipe) -> Iterator[list[int]]:
+    """Shuffled batches of row numbers; twenty at a time share rows of like length, so that little is padding."""
+    rng, block = random.Random(recipe.seed), 20 * recipe.batch
+    for _ in range(recipe.epochs):
+        order = rng.sample(range(len(lengths)), len(lengths))
+        for start in range(0, len(order), block):
+            near = sorted(order[start : start + block], key=lambda i: lengths[i])
+            batches = [near[i : i + recipe.batch] for i in range(0, len(near), recipe.batch)]
+            yield from rng.sample(batches, len(batches))
+
+
+def _rarity(counts: Tensor) -> Tensor:
+    """Weights [C] of outcomes that come up `counts` times; 1 in the mean over all rows."""
+    counts = counts.clamp(min=1)
+    return counts.rsqrt() * counts.sum() / counts.sqrt().sum()
 
 
 def _targets(rows: Sequence[Labelled], head: str) -> Tensor:
-    """Soft targets [B, outcomes]: the mean of the readers' labels."""
-    shares = [[row.labels.count(name) / len(row.labels) for name in OUTCOMES[head]] for row in rows]
-    return torch.tensor(shares, dtype=torch.float64)
+    """Soft targets [B, outcomes]: the mean of the readers' labels; zeros for the prompts of another head."""
+    own = [row.labels if head_of(row.pair) == head else () for row in rows]
+    return torch.tensor([[labels.count(name) / max(len(labels), 1) for name in OUTCOMES[head]] for labels in own])
 
 
 def logistic(head: str, features: Tensor, truth: Tensor, penalty: float) -> dict[str, Tensor]:
@@ -137,9 +209,7 @@ def logistic(head: str, features: Tensor, truth: Tensor, penalty: float) -> dict
     Outcomes weigh by the root of how rare they are. The standardisation goes into the weights that come back.
     """
     mean, scale = features.double().mean(0), features.double().std(0).clamp(min=1e-6)
-    standard = (features.double() - mean) / scale
-    counts = truth.sum(0).clamp(min=1)
-    rarity = counts.rsqrt() * counts.sum() / counts.sqrt().sum()
+    standard, rarity = (features.double() - mean) / scale, _rarity(truth.sum(0))
     weight = torch.zeros(truth.shape[1], features.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(truth.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe")
@@ -154,26 +224,28 @@ def logistic(head: str, features: Tensor, truth: Tensor, penalty: float) -> dict
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        plain = weight / scale
-        return {f"{head}.weight": plain.float(), f"{head}.bias": (bias - plain @ mean).float()}
+        plain_weight = weight / scale
+        return {f"{head}.weight": plain_weight.float(), f"{head}.bias": (bias - plain_weight @ mean).float()}
 
 
-def save(heads: dict[str, Tensor], path: Path, about: dict[str, object]) -> None:
-    """Write the heads as safetensors with `about` as JSON metadata."""
+def save(reader: Reader, heads: dict[str, Tensor], path: Path, about: dict[str, object]) -> None:
+    """Write heads and LoRA, the latter in half precision, as safetensors with `about` as JSON metadata."""
+    lora = {name: tensor.half().cpu() for name, tensor in get_peft_model_state_dict(reader.upper).items()}
     with atomic(path) as beside:
-        save_file(heads, beside, metadata={"safecli": json.dumps({"format": FORMAT, **about})})
+        save_file(heads | lora, beside, metadata={"safecli": json.dumps({"format": FORMAT, **about})})
 
 
-def cross_validate(rows: Sequence[Labelled], data: Examples, recipe: Recipe, count: int) -> list[Verdict]:
+def cross_validate(rows: Sequence[Labelled], recipe: Recipe, count: int, device: str = "auto") -> list[Verdict]:
     """Verdicts on every row by judges that saw no answer to its prompt."""
     prompts = sorted({row.pair.prompt for row in rows})
     random.Random(recipe.seed).shuffle(prompts)
     verdicts: dict[int, Verdict] = {}
     for k in range(count):
         held = frozenset(prompts[k::count])
-        heads = fit(data, recipe, held)
+        reader, heads = fit([row for row in rows if row.pair.prompt not in held], recipe, device)
         own = [i for i, row in enumerate(rows) if row.pair.prompt in held]
-        verdicts |= {i: by_rules(rows[i].pair) or by_heads(rows[i].pair, data.features[i], heads) for i in own}
+        read = zip(own, reader.features([rows[i].pair for i in own]), strict=True)
+        verdicts |= {i: by_rules(rows[i].pair) or by_heads(rows[i].pair, found, heads) for i, found in read}
     return [verdicts[i] for i in range(len(rows))]
 
 
@@ -210,23 +282,18 @@ def report(rows: Sequence[Labelled], verdicts: Sequence[Verdict]) -> str:
 
 def main(
     files: Annotated[list[Path], typer.Argument(help="JSONL of labelled answers", exists=True)],
-    measure: Annotated[bool, typer.Option("--measure", help="only measure the judge on these files")] = False,
-    weights: Annotated[Path, typer.Option(help="the weights to write, or to measure")] = WEIGHTS,
-    folds: Annotated[int, typer.Option(help="folds of the cross-validation by prompt; 0 for none")] = 5,
+    weights: Annotated[Path, typer.Option(help="the weights to write")] = WEIGHTS,
+    folds: Annotated[int, typer.Option(help="only cross-validate, with so many folds by prompt")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
 ) -> None:
-    """Train the outcome judge on labelled answers and print its cross-validation; or, with --measure, measure it."""
-    rows = read(files)
-    if measure:
-        judge = OutcomeJudge(OutcomeJudge.Options(weights=weights))
-        typer.echo(report(rows, judge.judge([row.pair for row in rows])))
-        return
-    recipe = Recipe()
-    data = examples(rows, Reader(), recipe)
+    """Train the outcome judge on labelled answers; with --folds, print its cross-validation instead."""
+    rows, recipe = read(files), Recipe()
     if folds:
-        verdicts = cross_validate(rows, data, recipe, folds)
+        verdicts = cross_validate(rows, recipe, folds, device)
         typer.echo(f"Cross-validation, {folds} folds by prompt:\n{report(rows, verdicts)}")
+        return
     labels = {path.name: file_fingerprint(path) for path in files}
-    save(fit(data, recipe), weights, {"recipe": asdict(recipe), "rows": len(rows), "labels": labels})
+    save(*fit(rows, recipe, device), weights, {"recipe": asdict(recipe), "rows": len(rows), "labels": labels})
     typer.echo(f"wrote {weights} ({weights.stat().st_size / 1e3:.0f} kB)")
 
 
