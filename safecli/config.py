@@ -128,7 +128,7 @@ class TrainOptions(CostOptions):
     anchored: bool | None = Field(
         None, description="Minimise KL(p || reference) - strength * EMD; off: minus the bound alone. By recipe."
     )
-    reference: Literal["base", "careful"] = Field("careful", description="Reference of the anchored term.")
+    reference: Literal["base", "careful"] = Field("base", description="Reference of the anchored term.")
     strength: float | None = Field(None, gt=0, description="Weight of the EMD: lambda; by recipe 10 or 1.")
     general_loss: Literal["kl", "sft"] | None = Field(
         None, description="On general data: KL to the base model, or cross-entropy. By recipe."
@@ -160,7 +160,22 @@ class EvalOptions(GenerateOptions):
     toxic: str | None = Field(None, description="Toxic prompts: file or datasets id; default: the shipped ones.")
     lookalike: str | None = Field(None, description="Harmless prompts that look toxic, likewise; 'none' for none.")
     harmless: str | None = Field(None, description="Harmless prompts, likewise; 'none' for none.")
+    suite: list[str] = Field(
+        [], description="Suite in place of the shipped prompts: NAME, FILE.toml, or NAME=FILE; repeatable."
+    )
+    wrap: list[str] = Field([], description="Jailbreak around every toxic prompt, as a set of its own; repeatable.")
+    prefill: list[int] = Field(
+        [], description="Give K tokens of the base's own unsafe answers and let each model go on; repeatable."
+    )
     split: Literal["dev", "test"] = Field("test", description="Split of the shipped prompts.")
+    samples: int = Field(1, ge=1, description="Answers per prompt; rates are their mean, and 'any' of them.")
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 is greedy, for one answer per prompt.")
+    labels: Path | None = Field(
+        None, description="Answers with people's labels: the judge's errors on them are taken out of the rates."
+    )
+    baseline: Path | None = Field(
+        None, description="results.json of an earlier evaluation: a rate that is clearly worse than there fails."
+    )
     fail_if: list[str] = Field([], description="Gate such as 'toxic.unsafe > 0.2'; repeatable; exit code 1.")
 
 
