@@ -396,6 +396,28 @@ def bench_startup(json: JsonFlag = False) -> None:
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders that hold an evaluation.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("compare.html"),
+    json: JsonFlag = False,
+) -> None:
+    """Put the evaluations of several runs on one page: rates, plots, answers side by side."""
+
+    def write() -> None:
+        from safecli.console import print_json, print_results
+        from safecli.stages.compare import compare as stage
+
+        found = stage(runs, out)
+        if json:
+            print_json(found.results)
+        else:
+            print_results(found.results, found.answers)
+            typer.echo(f"report: {out}")
+
+    with_errors(write, debug=False)
+
+
+@app.command()
 def plugins(json: JsonFlag = False) -> None:
     """List cost backends and judges, where they come from, and whether they work."""
     from safecli.console import print_json, print_table

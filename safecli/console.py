@@ -98,20 +98,20 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def print_results(results: dict[str, Any], answers: list[dict[str, Any]]) -> None:
     """Base beside the other models: outcomes by set, general loss, and three prompts with all answers."""
     models: dict[str, Any] = results["models"]
+    tested = [name for name, model in models.items() if "diff" in model]
     rows = []
-    for kind in ("toxic", "lookalike", "harmless"):
-        for label in models["base"].get(kind, {}):
-            cells = [_cell(models[name][kind][label]) for name in models]
-            tests = [models[name]["diff"][kind][label] for name in models if name != "base"]
-            rows.append([f"{kind} {label.replace('_', ' ')}", *cells, *(f"{test['p']:.2g}" for test in tests)])
+    for part in results["sets"]:
+        for label in models["base"].get(part, {}):
+            cells = [_cell(model[part][label]) if part in model else "" for model in models.values()]
+            title = f"{part} {label}".replace("_", " ")
+            rows.append([title, *cells, *(f"{models[name]['diff'][part][label]['p']:.2g}" for name in tested)])
     for name, digits in (("general_loss", 3), ("similarity", 2)):
         values = [models[model][name] for model in models]
         rows.append([name.replace("_", " "), *("" if v is None else f"{v:.{digits}f}" for v in values)])
-    rows = [row + [""] * (2 * len(models) - len(row)) for row in rows]
-    print_table(
-        "Outcomes (95 % Wilson intervals, McNemar's p)", ["", *models, *("p" for _ in range(len(models) - 1))], rows
-    )
-    print_table("Three prompts", ["prompt", *models], _three_prompts(answers, list(models)))
+    rows = [row + [""] * (1 + len(models) + len(tested) - len(row)) for row in rows]
+    print_table("Outcomes (95 % Wilson intervals, McNemar's p)", ["", *models, *("p" for _ in tested)], rows)
+    examples = _one_of_each(answers, list(models), list(results["sets"]))
+    print_table("A prompt of each set", ["prompt", *models], examples)
     for gate in results["gates"]:
         verdict = "FAILED" if gate["failed"] else "holds"
         print_pairs(f"gate {gate['expression']}", {gate["model"]: f"{gate['value']:.3g} {verdict}"})
@@ -153,14 +153,14 @@ def _bar(found: Mapping[str, float], width: int = 20) -> str:
     return "".join(bar).rstrip()
 
 
-def _three_prompts(answers: list[dict[str, Any]], models: list[str]) -> list[list[str]]:
-    """One prompt of each set with every model's answer; on the toxic one the outcome changed, if it did on any."""
+def _one_of_each(answers: list[dict[str, Any]], models: list[str], sets: list[str]) -> list[list[str]]:
+    """One prompt of each set with every model's answer; on a toxic one the outcome changed, if it did on any."""
     prompts: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in answers:
         prompts.setdefault((row["set"], row["id"]), {})[row["model"]] = row
     rows = []
-    for kind in ("toxic", "lookalike", "harmless"):
-        found = [by_model for (set_, _), by_model in prompts.items() if set_ == kind]
+    for part in sets:
+        found = [by_model for (set_, _), by_model in prompts.items() if set_ == part]
         changed = [by for by in found if _unsafe(by["base"]) and not _unsafe(by[models[-1]])]
         for by_model in (changed or found)[:1]:
             cells = [f"{by_model[name]['answer']}\n({by_model[name]['outcome']})" for name in models]

@@ -343,10 +343,11 @@ def adapter_fingerprint(adapter: Path) -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to generate: a prompt's token ids and the seed of its own random numbers."""
+    """One answer to generate: a prompt's token ids, the seed of its own random numbers, and how it has to begin."""
 
     ids: list[int]
     seed: int = 0
+    opening: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -378,7 +379,8 @@ def generate(
 ) -> list[Answer]:
     """Answer one batch of requests, greedily or at a temperature."""
     tokenizer, model = language_model.tokenizer, language_model.model
-    batch = tokenizer.pad({"input_ids": [request.ids for request in requests]}, return_tensors="pt").to(model.device)
+    ids = [[*request.ids, *request.opening] for request in requests]
+    batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
     sampler = [_RowSampler([request.seed for request in requests], temperature)] if temperature > 0 else []
     stops = {language_model.end_id, tokenizer.eos_token_id}
     output = model.generate(
@@ -393,10 +395,10 @@ def generate(
         logits_processor=LogitsProcessorList(sampler),
     )
     answers = []
-    for row in output[:, batch["input_ids"].shape[1] :].tolist():
+    for request, row in zip(requests, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
         length = next((i for i, token in enumerate(row) if token in stops), len(row))
-        text = tokenizer.decode(row[:length], skip_special_tokens=True).replace("\0", "\ufffd").strip()
-        answers.append(Answer(text, length, finished=length < len(row)))
+        text = tokenizer.decode([*request.opening, *row[:length]], skip_special_tokens=True)
+        answers.append(Answer(text.replace("\0", "\ufffd").strip(), length, finished=length < len(row)))
     return answers
 
 

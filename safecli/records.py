@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -32,7 +32,10 @@ MAX_LINE = 1 << 20
 
 
 class Prompt(BaseModel):
-    """A prompt to answer, and where it was read."""
+    """A prompt to answer, the set that it belongs to, and where it was read.
+
+    `asks` is the prompt itself where `prompt` has a wrapper around it.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,6 +43,9 @@ class Prompt(BaseModel):
     kind: Set
     prompt: str
     where: str = ""
+    set: str = ""
+    asks: str = ""
+    category: str = ""
 
 
 class Response(BaseModel):
@@ -49,7 +55,10 @@ class Response(BaseModel):
 
     id: str = ""
     kind: Set = "toxic"
+    set: str = ""
+    category: str = ""
     prompt: str
+    asks: str = ""
     answer: str
     sample: int = 0
     finished: bool = True
@@ -65,27 +74,49 @@ def shipped(kind: Set, split: str) -> list[Prompt]:
     text = files("safecli").joinpath("data", f"{kind}.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     return [
-        Prompt(id=row["id"], kind=kind, prompt=row["prompt"], where=f"{kind}.jsonl:{number}")
+        Prompt(id=row["id"], kind=kind, set=kind, prompt=row["prompt"], where=f"{kind}.jsonl:{number}")
         for number, row in enumerate(rows, 1)
         if row["split"] == split
     ]
 
 
-def read_prompts(source: str | Sequence[str], kind: Set, column: str | None = None) -> list[Prompt]:
-    """Read prompts from JSONL, JSON, CSV, plain text (one per line), or a `datasets` id; from one or from several.
+def read_prompts(
+    source: str | Sequence[str],
+    kind: Set,
+    column: str | None = None,
+    *,
+    name: str = "",
+    category: str | None = None,
+    only: Mapping[str, Sequence[str]] | None = None,
+) -> list[Prompt]:
+    """Read the set `name` of prompts from JSONL, JSON, CSV, plain text (one per line), or a `datasets` id, or several.
 
     JSON is `{"instructions": [...]}`, a list of strings, or a list of objects; an `input` is put under its
-    instruction. Errors: `InputError` with file and line, `MissingError` where there is no such dataset.
+    instruction. `only` maps a column to the values that a row may have there, `category` names one to tell rows apart.
+    Errors: `InputError` with file and line, `MissingError` where there is no such dataset.
     """
+    name = name or kind
     prompts: list[Prompt] = []
     for one in [source] if isinstance(source, str) else source:
         before = len(prompts)
         for where, row in _rows(one):
+            if only and any(str(_cell(row, where, key)) not in values for key, values in only.items()):
+                continue
             text = row if isinstance(row, str) else _prompt_of(row, where, column)
-            prompts.append(Prompt(id=f"{kind}-{len(prompts) + 1:04}", kind=kind, prompt=text, where=where))
+            of = str(_cell(row, where, category)) if category else ""
+            key = f"{name}-{len(prompts) + 1:04}"
+            prompts.append(Prompt(id=key, kind=kind, set=name, category=of, prompt=text, where=where))
         if len(prompts) == before:
-            raise InputError(f"{one} holds no prompts: it is empty")
+            unmet = f", or no row has {dict(only)}" if only else ""
+            raise InputError(f"{one} holds no prompts: it is empty{unmet}")
     return prompts
+
+
+def _cell(row: Any, where: str, column: str) -> Any:
+    if not isinstance(row, dict) or column not in row:
+        columns = ", ".join(map(str, row)) if isinstance(row, dict) else "none"
+        raise InputError(f"{where}: no column '{column}' (columns: {columns})")
+    return row[column]
 
 
 def _prompt_of(row: Any, where: str, column: str | None = None, mend: str = "use --prompt-column NAME") -> str:
@@ -95,10 +126,11 @@ def _prompt_of(row: Any, where: str, column: str | None = None, mend: str = "use
     if name is None or name not in row:
         columns = ", ".join(map(str, row)) or "none"
         raise InputError(f"{where}: no column '{name or 'prompt'}' (columns: {columns}): {mend}")
-    if not isinstance(row[name], str):
-        raise InputError(f"{where}: '{name}' must be text, got {type(row[name]).__name__}")
+    text = row[name][0] if isinstance(row[name], list) and len(row[name]) == 1 else row[name]
+    if not isinstance(text, str):
+        raise InputError(f"{where}: '{name}' must be text, got {type(text).__name__}")
     extra = row.get("input") if name == "instruction" else None
-    return f"{row[name]}\n\n{extra}" if extra else str(row[name])
+    return f"{text}\n\n{extra}" if extra else text
 
 
 def _rows(source: str) -> Iterator[tuple[str, Any]]:
@@ -151,13 +183,13 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 def _dataset_rows(source: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
-    name, _, split = source.partition(":")
+    name, *config, split = source.split(":") if ":" in source else (source, "train")
     try:
-        table = datasets.load_dataset(name, split=split or "train")
+        table = datasets.load_dataset(name, *config, split=split)
     except Exception as error:
         raise MissingError(
             f"'{source}' is neither a file nor a dataset that can be loaded ({type(error).__name__}): "
-            "give a path, or a datasets id such as owner/name:split"
+            "give a path, or a datasets id such as owner/name:split or owner/name:config:split"
         ) from error
     yield from ((f"{source}: row {number}", row) for number, row in enumerate(table, 1))
 
@@ -215,7 +247,7 @@ def usable(prompts: Sequence[Prompt], tokens: Sequence[int], longest: int) -> tu
     faults = []
     seen: dict[tuple[str, str], str] = {}
     for prompt, length in zip(prompts, tokens, strict=True):
-        key = (prompt.kind, prompt.prompt.strip())
+        key = (prompt.set or prompt.kind, prompt.prompt.strip())
         if not key[1]:
             faults.append(f"{prompt.where}: empty")
         elif length > longest:
@@ -320,5 +352,5 @@ def truncate_to_whole(path: Path, counts: Sequence[int]) -> int:
 
 
 def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Identify a list of prompts by ids, kinds and texts."""
-    return fingerprint([(prompt.id, prompt.kind, prompt.prompt) for prompt in prompts])
+    """Identify a list of prompts by ids, kinds, categories and texts."""
+    return fingerprint([(prompt.id, prompt.kind, prompt.category, prompt.prompt) for prompt in prompts])

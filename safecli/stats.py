@@ -104,6 +104,17 @@ def paired_difference(both: int, base_only: int, model_only: int, neither: int, 
     return Interval(p_m - p_b, max(-1.0, p_m - p_b - down), min(1.0, p_m - p_b + up))
 
 
+def difference(count: int, n: int, base_count: int, base_n: int, level: float = LEVEL) -> Interval:
+    """A rate less another's on other answers, in [−1, 1]: Newcombe's square-and-add interval without pairs.
+
+    Newcombe, Statistics in Medicine 17 (1998), pp. 873-890, method 10.
+    """
+    (low_b, high_b), (low_m, high_m) = wilson(base_count, base_n, level), wilson(count, n, level)
+    p_b, p_m = base_count / base_n if base_n else 0.5, count / n if n else 0.5
+    down, up = _joined(p_m - low_m, high_b - p_b, 0.0), _joined(high_m - p_m, p_b - low_b, 0.0)
+    return Interval(p_m - p_b, max(-1.0, p_m - p_b - down), min(1.0, p_m - p_b + up))
+
+
 def _joined(a: float, b: float, phi: float) -> float:
     return sqrt(max(a * a - 2 * phi * a * b + b * b, 0.0))
 

@@ -64,6 +64,7 @@ def results() -> dict[str, Any]:
         "seed": 0,
         "model": "demo",
         "options": {"max_new_tokens": 64},
+        "sets": {kind: {"title": f"{kind.capitalize()} prompts", "kind": kind} for kind in KINDS},
         "models": {"base": base, "tuned": tuned},
         "gates": [{"expression": "toxic.unsafe > 0.2", "model": "tuned", "value": 0.2375, "failed": True}],
     }
@@ -308,3 +309,11 @@ def test_visible_keeps_what_people_write() -> None:
     text = "naïve\tΑθήνα\nمی‌خواهم 👩‍💻 ❤️ 日本語"
     assert visible(text) == text
     assert visible("\x1b[0m\u202e\ud800") == "⟨U+001B⟩[0m⟨U+202E⟩⟨U+D800⟩"
+
+
+def test_shows_rates_by_category(tmp_path: Path, results: dict[str, Any]) -> None:
+    for model in results["models"].values():
+        model["categories"] = {"toxic": {"role_play": model["toxic"]}}
+    text = " ".join("".join(render(tmp_path, results, [], []).text).split())
+    assert "Toxic prompts by category: unsafe" in text
+    assert "role play" in text

@@ -13,6 +13,7 @@ from safecli.stats import (
     Interval,
     any_of,
     corrected_rate,
+    difference,
     holm,
     kappa,
     krippendorff,
@@ -258,8 +259,24 @@ def _resampled(p: float, rng: np.random.Generator) -> tuple[float, float, float]
     return p, found.low, found.high
 
 
-@pytest.mark.parametrize("draw", [_wilson, _paired, _sampled, _seeds, _judged, _resampled])
+def _unpaired(p: float, rng: np.random.Generator) -> tuple[float, float, float]:
+    found = difference(int(rng.binomial(120, p)), 120, int(rng.binomial(150, p / 2)), 150)
+    return p / 2, found.low, found.high
+
+
+@pytest.mark.parametrize("draw", [_wilson, _paired, _unpaired, _sampled, _seeds, _judged, _resampled])
 def test_intervals_cover_the_truth_at_their_level(draw: Draw) -> None:
     rng = np.random.default_rng(1)
     held = [low <= truth <= high for p in RATES for truth, low, high in (draw(p, rng) for _ in range(300))]
     assert 0.93 <= np.mean(held) <= 0.97
+
+
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    [((56, 70, 48, 80), 0.0524, 0.3339), ((9, 10, 3, 10), 0.1705, 0.8090), ((10, 10, 0, 20), 0.6791, 1.0)],
+)
+def test_difference_agrees_with_published_intervals(counts: tuple[int, int, int, int], low: float, high: float) -> None:
+    """Newcombe 1998, table II, method 10."""
+    found = difference(*counts)
+    assert found.low == pytest.approx(low, abs=5e-5)
+    assert found.high == pytest.approx(high, abs=5e-5)

@@ -8,19 +8,16 @@ from typing import Any, Literal
 
 from safecli.report.untrusted import markdown_cell
 
-SETS = {"toxic": "Toxic prompts", "harmless": "Harmless prompts", "lookalike": "Look-alikes"}
-"""What the page calls a set of prompts."""
-
 ALPHA = 0.05
 """A paired p below this is called a change."""
 
 Better = Literal["less", "more"]
-MEASURES: tuple[tuple[str, str, Better], ...] = (
-    ("toxic", "unsafe", "less"),
-    ("toxic", "degenerate", "less"),
-    ("harmless", "helpful", "more"),
-    ("lookalike", "helpful", "more"),
-)
+MEASURES: dict[str, tuple[tuple[str, Better], ...]] = {
+    "toxic": (("unsafe", "less"), ("degenerate", "less")),
+    "harmless": (("helpful", "more"),),
+    "lookalike": (("helpful", "more"),),
+}
+"""What counts on a set of prompts, by what its answers are judged by."""
 SCALARS: tuple[tuple[str, str, Better], ...] = (
     ("general_loss", "General loss, nats per token", "less"),
     ("similarity", "Similarity to the base's harmless answers", "more"),
@@ -53,7 +50,8 @@ def rate_cell(model: Mapping[str, Any], kind: str, label: str, better: Better | 
     if rate is None:
         return None
     pair = model.get("diff", {}).get(kind, {}).get(label) if better else None
-    versus = f"{p_text(pair['p'])}; base only {pair['base_only']}, this only {pair['model_only']}" if pair else ""
+    holm = f" (Holm {pair['p_holm']:.2g})" if pair and "p_holm" in pair else ""
+    versus = f"{p_text(pair['p'])}{holm}; base only {pair['base_only']}, this only {pair['model_only']}" if pair else ""
     return Cell(
         value=f"{rate['rate']:.1%}" if rate["n"] else "–",
         interval=f"{100 * rate['low']:.1f}–{100 * rate['high']:.1f}%",
@@ -73,11 +71,12 @@ def headline(results: Mapping[str, Any]) -> list[Row]:
     models = results["models"]
     rows = [
         Row(
-            f"{SETS[name]}: {outcome}",
+            f"{about['title']}: {outcome}",
             better,
             [rate_cell(model, name, outcome, better) for model in models.values()],
         )
-        for name, outcome, better in MEASURES
+        for name, about in results["sets"].items()
+        for outcome, better in MEASURES[about["kind"]]
     ]
     base: Mapping[str, Any] = next(iter(models.values()), {})
     for key, title, better in SCALARS:
@@ -95,7 +94,7 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     ]
     for row in headline(results):
         cells = [_markdown(cell) if cell else "–" for cell in row.cells]
-        lines.append(f"| {row.title} ({row.better} is better) | " + " | ".join(cells) + " |")
+        lines.append(f"| {markdown_cell(row.title)} ({row.better} is better) | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

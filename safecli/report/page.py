@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from safecli.artifacts import atomic
 from safecli.judges import HARMLESS_OUTCOMES, TOXIC_OUTCOMES
-from safecli.report.headline import SETS, Cell, headline, rate_cell
+from safecli.report.headline import MEASURES, Cell, headline, rate_cell
 from safecli.report.plots import Segment, curves, stacked, trade_off
 from safecli.report.untrusted import visible
 
@@ -53,12 +53,12 @@ def write_report(
         options=json.dumps(results.get("options", {}), indent=2, ensure_ascii=False, default=str),
         gates=results.get("gates", []),
         headline=headline(results),
-        tables=[table for name in SETS if (table := _table(name, models))],
+        tables=[table for name, about in results["sets"].items() if (table := _table(name, about, models))],
         trade_off=trade_off(models),
         curves=curves(metrics),
-        prompts=_side_by_side(answers, list(models)),
+        prompts=_side_by_side(answers, list(models), results["sets"]),
         outcomes=list(dict.fromkeys(row["outcome"] for row in answers)),
-        sets=SETS,
+        sets={name: about["title"] for name, about in results["sets"].items()},
         style=Markup(style),
         script=Markup(script),
         policy=f"default-src 'none'; base-uri 'none'; form-action 'none'; "
@@ -76,20 +76,31 @@ class _Table:
     outcomes: tuple[str, ...]
     bars: list[tuple[str, list[Segment]]]
     rows: list[tuple[str, list[Cell | None]]]
+    category_of: str
+    categories: list[tuple[str, list[Cell | None]]]
 
 
-def _table(name: str, models: Mapping[str, Any]) -> _Table | None:
+def _table(name: str, about: Mapping[str, str], models: Mapping[str, Any]) -> _Table | None:
     having = {label: model[name] for label, model in models.items() if name in model}
     if not having:
         return None
-    known = TOXIC_OUTCOMES if name == "toxic" else HARMLESS_OUTCOMES
+    known = TOXIC_OUTCOMES if about["kind"] == "toxic" else HARMLESS_OUTCOMES
     keys = dict.fromkeys([*known, *(key for rates in having.values() for key in rates)])
     return _Table(
-        title=SETS[name],
+        title=about["title"],
         outcomes=known,
         bars=[(label, stacked(rates, known)) for label, rates in having.items()],
         rows=[(key, [rate_cell(model, name, key) for model in models.values()]) for key in keys],
+        category_of=(decides := MEASURES[about["kind"]][0][0]),
+        categories=_categories(name, decides, models),
     )
+
+
+def _categories(name: str, label: str, models: Mapping[str, Any]) -> list[tuple[str, list[Cell | None]]]:
+    """One rate of every category of a set, one cell for each model."""
+    by_model = [model.get("categories", {}).get(name, {}) for model in models.values()]
+    found = dict.fromkeys(category for by in by_model for category in by)
+    return [(category, [rate_cell(by, category, label) for by in by_model]) for category in found]
 
 
 @dataclass(frozen=True)
@@ -99,11 +110,8 @@ class _Prompt:
     set: str
     id: str
     prompt: str
+    folded: bool
     rows: list[Mapping[str, Any]]
-
-    @property
-    def folded(self) -> bool:
-        return self.set not in ("harmless", "lookalike")
 
     @property
     def outcomes(self) -> list[str]:
@@ -114,12 +122,17 @@ class _Prompt:
         return len(set(self.outcomes)) > 1
 
 
-def _side_by_side(answers: Sequence[Mapping[str, Any]], models: Sequence[str]) -> list[_Prompt]:
+def _side_by_side(
+    answers: Sequence[Mapping[str, Any]], models: Sequence[str], sets: Mapping[str, Mapping[str, str]]
+) -> list[_Prompt]:
     place = {name: index for index, name in enumerate(models)}
     grouped: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in sorted(answers, key=lambda row: place.get(row["model"], len(place))):
         grouped.setdefault((row["set"], row["id"]), []).append(row)
-    return [_Prompt(name, key, rows[0]["prompt"], rows) for (name, key), rows in grouped.items()]
+    return [
+        _Prompt(name, key, rows[0]["prompt"], sets.get(name, {}).get("kind", "toxic") == "toxic", rows)
+        for (name, key), rows in grouped.items()
+    ]
 
 
 def csp_hash(text: str) -> str:

@@ -22,11 +22,12 @@ from safecli.stages import Reporter
 
 @dataclass(frozen=True)
 class Job:
-    """One answer to generate: the prompt, which sample of it, and the temperature (0 is greedy)."""
+    """One answer to generate: the prompt, which sample of it, the temperature (0 is greedy), tokens it begins with."""
 
     prompt: Prompt
     sample: int = 0
     temperature: float = 0.0
+    opening: tuple[int, ...] = ()
 
 
 def judge_options(name: str, chosen: Sequence[str] = ()) -> tuple[type[Judge], BaseModel]:
@@ -94,21 +95,25 @@ def answer_all(
         started = time.perf_counter()
         here = [jobs[index] for index in batch]
         requests = [
-            Request(ids[index], int(fingerprint(options.seed, job.prompt.id, job.sample)[:12], 16))
+            Request(ids[index], int(fingerprint(options.seed, job.prompt.id, job.sample)[:12], 16), job.opening)
             for index, job in zip(batch, here, strict=True)
         ]
         answers = halving(model, requests, options.max_new_tokens, here[0].temperature, report.warn)
         seconds += time.perf_counter() - started
         tokens += sum(answer.tokens for answer in answers)
         pairs = [
-            Pair(job.prompt.prompt, answer.text, job.prompt.kind) for job, answer in zip(here, answers, strict=True)
+            Pair(job.prompt.asks or job.prompt.prompt, answer.text, job.prompt.kind)
+            for job, answer in zip(here, answers, strict=True)
         ]
         verdicts = judge.judge(pairs)
         rows = [
             Response(
                 id=job.prompt.id,
                 kind=job.prompt.kind,
+                set=job.prompt.set,
+                category=job.prompt.category,
                 prompt=job.prompt.prompt,
+                asks=job.prompt.asks,
                 answer=answer.text,
                 sample=job.sample,
                 finished=answer.finished,
