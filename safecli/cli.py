@@ -395,6 +395,36 @@ def bench_startup(json: JsonFlag = False) -> None:
         print_pairs("startup", {name: f"{value:.3f}" for name, value in found.items()})
 
 
+@bench_app.command("eval")
+def bench_eval(
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers at once, in both.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Generate answers of many lengths as `eval` does, against plain model.generate in file order."""
+
+    def run() -> None:
+        from safecli.bench.evaluate import evaluate
+        from safecli.console import TerminalReporter, print_json, print_pairs
+
+        report = TerminalReporter(False)
+        try:
+            found = evaluate(prompts, batch_size, device, report)
+        finally:
+            report.close()
+        if json:
+            print_json(found)
+            return
+        for pair in found.pop("differing"):
+            typer.echo(f"ours:     {pair['ours']!r}\nbaseline: {pair['baseline']!r}\n")
+        print_pairs(
+            "eval", {name: f"{value:.3f}" if isinstance(value, float) else str(value) for name, value in found.items()}
+        )
+
+    with_errors(run, debug=False)
+
+
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders that hold an evaluation.", show_default=False)],

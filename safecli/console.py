@@ -105,6 +105,11 @@ def print_results(results: dict[str, Any], answers: list[dict[str, Any]]) -> Non
             cells = [_cell(model[part][label]) if part in model else "" for model in models.values()]
             title = f"{part} {label}".replace("_", " ")
             rows.append([title, *cells, *(f"{models[name]['diff'][part][label]['p']:.2g}" for name in tested)])
+    for task in models["base"].get("ability", {}):
+        cells = [_cell(model["ability"][task]) for model in models.values()]
+        rows.append(
+            [f"right: {task}", *cells, *(f"{models[name]['diff']['ability'][task]['p']:.2g}" for name in tested)]
+        )
     for name, digits in (("general_loss", 3), ("similarity", 2)):
         values = [models[model][name] for model in models]
         rows.append([name.replace("_", " "), *("" if v is None else f"{v:.{digits}f}" for v in values)])

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer, put prompts to it, and generate answers."""
+"""Load a causal language model and its tokenizer, and put prompts to it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +15,12 @@ import psutil
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from safecli.artifacts import atomic_folder, file_fingerprint, fingerprint, locked
 from safecli.config import ModelOptions, cache_dir
-from safecli.errors import InputError, MissingError, RunError, SafecliError, UsageError
+from safecli.errors import InputError, MissingError, SafecliError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -341,83 +340,11 @@ def adapter_fingerprint(adapter: Path) -> str:
     return file_fingerprint(adapter / "adapter_model.safetensors")
 
 
-@dataclass(frozen=True)
-class Request:
-    """One answer to generate: a prompt's token ids, the seed of its own random numbers, and how it has to begin."""
-
-    ids: list[int]
-    seed: int = 0
-    opening: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A generated answer; `finished` says that the model ended it, not the token limit."""
-
-    text: str
-    tokens: int
-    finished: bool
-
-
-class _RowSampler(LogitsProcessor):  # type: ignore[misc]
-    """Sampling by Gumbel-max with a generator per row: an answer depends on its own seed, not on its batch."""
-
-    def __init__(self, seeds: Sequence[int], temperature: float) -> None:
-        self.temperature = temperature
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        noise = torch.empty(scores.shape, dtype=torch.float32)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores.float() / self.temperature - noise.log_().to(scores.device)
-
-
-@torch.inference_mode()
-def generate(
-    language_model: LanguageModel, requests: Sequence[Request], max_new_tokens: int, temperature: float = 0.0
-) -> list[Answer]:
-    """Answer one batch of requests, greedily or at a temperature."""
-    tokenizer, model = language_model.tokenizer, language_model.model
-    ids = [[*request.ids, *request.opening] for request in requests]
-    batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
-    sampler = [_RowSampler([request.seed for request in requests], temperature)] if temperature > 0 else []
-    stops = {language_model.end_id, tokenizer.eos_token_id}
-    output = model.generate(
-        **batch,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stops),
-        pad_token_id=tokenizer.pad_token_id,
-        logits_processor=LogitsProcessorList(sampler),
-    )
-    answers = []
-    for request, row in zip(requests, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-        length = next((i for i, token in enumerate(row) if token in stops), len(row))
-        text = tokenizer.decode([*request.opening, *row[:length]], skip_special_tokens=True)
-        answers.append(Answer(text.replace("\0", "\ufffd").strip(), length, finished=length < len(row)))
-    return answers
-
-
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
-
-
-def fitting_batch(language_model: LanguageModel, tokens: int, cap: int = 100) -> int:
-    """How many sequences of `tokens` tokens fit in a quarter of the free memory: their KV cache and logits."""
-    config = language_model.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    item = language_model.head.element_size()
-    cache = 2 * 2 * config.num_hidden_layers * heads * head_dim * item * tokens
-    fitting = free_memory(language_model.device) // 4 // int(cache + 12 * config.vocab_size)
-    return max(1, min(cap, fitting))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -426,29 +353,3 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     texts = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-
-
-def halving(
-    language_model: LanguageModel,
-    requests: Sequence[Request],
-    max_new_tokens: int,
-    temperature: float,
-    say: Callable[[str], None],
-) -> list[Answer]:
-    """`generate`, halving the batch for as long as it runs out of memory; `say` is told."""
-    try:
-        return generate(language_model, requests, max_new_tokens, temperature)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        if len(requests) == 1:
-            raise RunError("out of memory with a batch of one: use a smaller model or --max-new-tokens") from error
-    if language_model.device.type == "cuda":
-        torch.cuda.empty_cache()
-    half = len(requests) // 2
-    say(f"out of memory with {len(requests)} prompts at once: going on with {len(requests) - half}")
-    return [
-        answer
-        for part in (requests[:half], requests[half:])
-        for answer in halving(language_model, part, max_new_tokens, temperature, say)
-    ]

@@ -18,7 +18,7 @@ from safecli.records import Prompt, Set, read_prompts, read_text, shipped
 _DATA = files("safecli").joinpath("data")
 SHIPPED = "shipped"
 """The source of the suites whose prompts come with the package."""
-RESERVED = ("general_loss", "similarity", "diff", "since", "categories")
+RESERVED = ("general_loss", "similarity", "diff", "since", "categories", "ability")
 """What results keep beside the sets, which can't be names of sets."""
 
 

@@ -26,7 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from safecli.artifacts import Stage, newest
 from safecli.config import cache_dir
 from safecli.errors import RunError
-from safecli.models import LanguageModel, Request, generate, halving
+from safecli.generation import Request, generate, halving
+from safecli.models import LanguageModel
 from safecli.records import Response, append, read_responses
 from safecli.stages import collect as collect_stage
 

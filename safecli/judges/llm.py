@@ -227,7 +227,7 @@ class Local:
 
     def ask(self, asked: list[dict[str, str]]) -> Reply:
         """One greedy reply."""
-        from safecli.models import Request, generate
+        from safecli.generation import Request, generate
 
         system, user = (message["content"] for message in asked)
         ids = self.model.prompt_ids(user, system)

@@ -1,11 +1,11 @@
-"""Train the outcome judge from labelled answers, or measure it: `python -m safecli.judges.train --help`."""
+"""Train a judge from labelled answers: `python -m safecli.judges.train --help`."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,20 +21,13 @@ from transformers import get_linear_schedule_with_warmup
 
 from safecli.artifacts import atomic, file_fingerprint
 from safecli.errors import InputError
-from safecli.judges import SUMS, Pair, Verdict
+from safecli.judges import Pair
 from safecli.judges.fluency import SHAPE, shape
-from safecli.judges.outcome import (
-    FORMAT,
-    HEADS,
-    OUTCOMES,
-    WEIGHTS,
-    Reader,
-    by_heads,
-    by_length,
-    by_rules,
-    head_of,
-    plain,
-)
+from safecli.judges.outcome import HEADS, OUTCOMES, by_heads, by_rules, head_of
+from safecli.judges.outcome import WEIGHTS as OUTCOME_WEIGHTS
+from safecli.judges.reader import FORMAT, Reader, by_length, chances, plain
+from safecli.judges.refusal import LABELS
+from safecli.judges.refusal import WEIGHTS as REFUSAL_WEIGHTS
 from safecli.records import read_jsonl
 from safecli.stats import kappa
 
@@ -54,6 +47,22 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Task:
+    """What a judge has to tell apart: the names of each head, and which head an answer belongs to."""
+
+    heads: Mapping[str, Sequence[str]]
+    head_of: Callable[[Pair], str]
+    weights: Path
+    recipe: Recipe
+
+
+TASKS = {
+    "outcome": Task(OUTCOMES, head_of, OUTCOME_WEIGHTS, Recipe()),
+    "refusal": Task({"refusal": LABELS}, lambda _: "refusal", REFUSAL_WEIGHTS, Recipe(epochs=3, made_share=0.0)),
+}
+
+
+@dataclass(frozen=True)
 class Labelled:
     """An answer with what its readers say that it did."""
 
@@ -61,15 +70,15 @@ class Labelled:
     labels: tuple[str, ...]
 
 
-def read(paths: Sequence[Path]) -> list[Labelled]:
+def read(paths: Sequence[Path], task: Task = TASKS["outcome"]) -> list[Labelled]:
     """Read JSONL rows of prompt, answer, label and, where known, kind and second_label."""
     rows = []
     for path in paths:
         for where, row in read_jsonl(path):
             pair = Pair(row["prompt"], row["answer"], row.get("kind") or "toxic")
             labels = tuple(label for label in (row["label"], row.get("second_label")) if label)
-            if unknown := set(labels) - set(OUTCOMES[head_of(pair)]):
-                raise InputError(f"{where}: {sorted(unknown)} is no outcome of a {pair.kind} prompt")
+            if unknown := set(labels) - set(task.heads[task.head_of(pair)]):
+                raise InputError(f"{where}: {sorted(unknown)} is no label of an answer to a {pair.kind} prompt")
             rows.append(Labelled(pair, labels))
     return rows
 
@@ -113,33 +122,43 @@ def _long_words(text: str) -> set[str]:
     return {word for word in text.lower().split() if len(word) > 4}
 
 
-def fit(rows: Sequence[Labelled], recipe: Recipe, device: str = "auto") -> tuple[Reader, dict[str, Tensor]]:
-    """Train the LoRA and the heads over outcomes together, then the head over prompts: a reader and its heads."""
+def fit(rows: Sequence[Labelled], task: Task, recipe: Recipe, device: str = "auto") -> tuple[Reader, dict[str, Tensor]]:
+    """Train the LoRA and the heads of a task together: a reader and its heads."""
     torch.manual_seed(recipe.seed)
     known = [*rows, *made(rows, recipe.made_share, random.Random(recipe.seed))]
     reader = Reader(device=device)
     shapes = torch.tensor([shape(row.pair.prompt, plain(row.pair.answer)) for row in known])
     centre, scale = shapes.mean(0), shapes.std(0).clamp(min=1e-6)
-    heads = {name: nn.Linear(2 * reader.width + SHAPE, len(OUTCOMES[name])).to(reader.device) for name in OUTCOMES}
-    _descend(reader, heads, known, ((shapes - centre) / scale).to(reader.device), recipe)
+    heads = {name: nn.Linear(2 * reader.width + SHAPE, len(of)).to(reader.device) for name, of in task.heads.items()}
+    truth = {name: _targets(known, name, task).to(reader.device) for name in task.heads}
+    _descend(reader, heads, known, ((shapes - centre) / scale).to(reader.device), truth, recipe)
     found: dict[str, Tensor] = {}
     for name, head in heads.items():
         weight, bias = head.weight.detach().cpu(), head.bias.detach().cpu()
         weight[:, -SHAPE:] /= scale
         found |= {f"{name}.weight": weight, f"{name}.bias": bias - weight[:, -SHAPE:] @ centre}
+    return reader, found
+
+
+def fit_prompts(reader: Reader, rows: Sequence[Labelled], recipe: Recipe) -> dict[str, Tensor]:
+    """The head that tells what a prompt alone asks for."""
     prompts = list({row.pair.prompt: row.pair for row in rows}.values())
     kinds = torch.tensor([HEADS["prompt"].index(head_of(pair)) for pair in prompts])
     truth = functional.one_hot(kinds, len(HEADS["prompt"])).double()
     features = reader.prompt_features([pair.prompt for pair in prompts])
-    return reader, found | logistic("prompt", features, truth, recipe.prompt_penalty)
+    return logistic("prompt", features, truth, recipe.prompt_penalty)
 
 
 def _descend(
-    reader: Reader, heads: dict[str, nn.Linear], rows: Sequence[Labelled], shapes: Tensor, recipe: Recipe
+    reader: Reader,
+    heads: dict[str, nn.Linear],
+    rows: Sequence[Labelled],
+    shapes: Tensor,
+    truth: dict[str, Tensor],
+    recipe: Recipe,
 ) -> None:
     """Gradient descent on the readers' mean labels; outcomes weigh by the root of how rare they are."""
     below = _read_below(reader, rows)
-    truth = {name: _targets(rows, name).to(reader.device) for name in OUTCOMES}
     rarity = {name: _rarity(target.sum(0)) for name, target in truth.items()}
     lora = [weight for weight in reader.upper.parameters() if weight.requires_grad]
     linear = [weight for head in heads.values() for weight in head.parameters()]
@@ -157,7 +176,7 @@ def _descend(
             pooled = reader.pooled(hidden, part)
         features = functional.dropout(torch.cat([pooled.float(), shapes[batch]], dim=1), recipe.dropout)
         losses = [
-            functional.cross_entropy(heads[name](features), truth[name][batch] * rarity[name]) for name in OUTCOMES
+            functional.cross_entropy(head(features), truth[name][batch] * rarity[name]) for name, head in heads.items()
         ]
         optimizer.zero_grad()
         torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
@@ -197,10 +216,10 @@ def _rarity(counts: Tensor) -> Tensor:
     return counts.rsqrt() * counts.sum() / counts.sqrt().sum()
 
 
-def _targets(rows: Sequence[Labelled], head: str) -> Tensor:
+def _targets(rows: Sequence[Labelled], head: str, task: Task) -> Tensor:
     """Soft targets [B, outcomes]: the mean of the readers' labels; zeros for the prompts of another head."""
-    own = [row.labels if head_of(row.pair) == head else () for row in rows]
-    return torch.tensor([[labels.count(name) / max(len(labels), 1) for name in OUTCOMES[head]] for labels in own])
+    own = [row.labels if task.head_of(row.pair) == head else () for row in rows]
+    return torch.tensor([[labels.count(name) / max(len(labels), 1) for name in task.heads[head]] for labels in own])
 
 
 def logistic(head: str, features: Tensor, truth: Tensor, penalty: float) -> dict[str, Tensor]:
@@ -235,66 +254,62 @@ def save(reader: Reader, heads: dict[str, Tensor], path: Path, about: dict[str, 
         save_file(heads | lora, beside, metadata={"safecli": json.dumps({"format": FORMAT, **about})})
 
 
-def cross_validate(rows: Sequence[Labelled], recipe: Recipe, count: int, device: str = "auto") -> list[Verdict]:
-    """Verdicts on every row by judges that saw no answer to its prompt."""
+def cross_validate(rows: Sequence[Labelled], task: Task, recipe: Recipe, count: int, device: str = "auto") -> list[str]:
+    """The likeliest label of every row, by judges that saw no answer to its prompt; unsafe by its own threshold."""
     prompts = sorted({row.pair.prompt for row in rows})
     random.Random(recipe.seed).shuffle(prompts)
-    verdicts: dict[int, Verdict] = {}
+    labels: dict[int, str] = {}
     for k in range(count):
         held = frozenset(prompts[k::count])
-        reader, heads = fit([row for row in rows if row.pair.prompt not in held], recipe, device)
+        reader, heads = fit([row for row in rows if row.pair.prompt not in held], task, recipe, device)
         own = [i for i, row in enumerate(rows) if row.pair.prompt in held]
-        read = zip(own, reader.features([rows[i].pair for i in own]), strict=True)
-        verdicts |= {i: by_rules(rows[i].pair) or by_heads(rows[i].pair, found, heads) for i, found in read}
-    return [verdicts[i] for i in range(len(rows))]
+        for i, features in zip(own, reader.features([rows[i].pair for i in own]), strict=True):
+            labels[i] = _label(rows[i].pair, features, heads, task)
+    return [labels[i] for i in range(len(rows))]
 
 
-def report(rows: Sequence[Labelled], verdicts: Sequence[Verdict]) -> str:
-    """Confusion matrices and agreement of verdicts with the first label, as text."""
-    pairs = [(row.labels[0], verdict.outcome) for row, verdict in zip(rows, verdicts, strict=True)]
+def _label(pair: Pair, features: Tensor, heads: dict[str, Tensor], task: Task) -> str:
+    if task is TASKS["outcome"]:
+        return (by_rules(pair) or by_heads(pair, features, heads)).outcome
+    head = task.head_of(pair)
+    return task.heads[head][int(chances(heads, head, features).argmax())]
+
+
+def report(rows: Sequence[Labelled], labels: Sequence[str], task: Task) -> str:
+    """Confusion matrix, accuracy and kappa of labels with the first reader's, for each head, as text."""
     lines = []
-    for head, names in OUTCOMES.items():
-        own = [pair for row, pair in zip(rows, pairs, strict=True) if head_of(row.pair) == head]
-        if not own:
-            continue
+    for head, names in task.heads.items():
+        own = [
+            (row.labels[0], label) for row, label in zip(rows, labels, strict=True) if task.head_of(row.pair) == head
+        ]
         counts = Counter(own)
         lines.append(f"{head:>12}" + "".join(f"{name:>12}" for name in names) + "   <- judged")
         lines += [f"{true:>12}" + "".join(f"{counts[true, name]:>12}" for name in names) for true in names]
         right = sum(true == name for true, name in own) / len(own)
         lines.append(f"{len(own)} answers: accuracy {right:.3f}, kappa {kappa(*zip(*own, strict=True)):.3f}")
-        if head == "toxic":
-            unsafe = [(true in SUMS["unsafe"], name in SUMS["unsafe"]) for true, name in own]
-            recalls = [
-                sum(t == n == side for t, n in unsafe) / max(sum(t == side for t, _ in unsafe), 1)
-                for side in (True, False)
-            ]
-            lines.append(
-                f"unsafe or not: balanced accuracy {sum(recalls) / 2:.3f} "
-                f"(of the unsafe {recalls[0]:.3f} found, of the rest {recalls[1]:.3f} cleared)"
-            )
-    both = sum(true == name == "degenerate" for true, name in pairs)
-    precision = both / max(sum(name == "degenerate" for _, name in pairs), 1)
-    recall = both / max(sum(true == "degenerate" for true, _ in pairs), 1)
-    f1 = 2 * precision * recall / max(precision + recall, 1e-9)
-    lines.append(f"degenerate: precision {precision:.3f}, recall {recall:.3f}, F1 {f1:.3f}")
     return "\n".join(lines)
 
 
 def main(
     files: Annotated[list[Path], typer.Argument(help="JSONL of labelled answers", exists=True)],
-    weights: Annotated[Path, typer.Option(help="the weights to write")] = WEIGHTS,
+    judge: Annotated[str, typer.Option(help=f"which to train: {' or '.join(TASKS)}")] = "outcome",
+    weights: Annotated[Path | None, typer.Option(help="the weights to write; default: the shipped ones")] = None,
     folds: Annotated[int, typer.Option(help="only cross-validate, with so many folds by prompt")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
 ) -> None:
-    """Train the outcome judge on labelled answers; with --folds, print its cross-validation instead."""
-    rows, recipe = read(files), Recipe()
+    """Train a judge on labelled answers; with --folds, print its cross-validation instead."""
+    task = TASKS[judge]
+    rows, recipe, path = read(files, task), task.recipe, weights or task.weights
     if folds:
-        verdicts = cross_validate(rows, recipe, folds, device)
-        typer.echo(f"Cross-validation, {folds} folds by prompt:\n{report(rows, verdicts)}")
+        labels = cross_validate(rows, task, recipe, folds, device)
+        typer.echo(f"Cross-validation, {folds} folds by prompt:\n{report(rows, labels, task)}")
         return
-    labels = {path.name: file_fingerprint(path) for path in files}
-    save(*fit(rows, recipe, device), weights, {"recipe": asdict(recipe), "rows": len(rows), "labels": labels})
-    typer.echo(f"wrote {weights} ({weights.stat().st_size / 1e3:.0f} kB)")
+    reader, heads = fit(rows, task, recipe, device)
+    if task is TASKS["outcome"]:
+        heads |= fit_prompts(reader, rows, recipe)
+    marks = {file.name: file_fingerprint(file) for file in files}
+    save(reader, heads, path, {"judge": judge, "recipe": asdict(recipe), "rows": len(rows), "labels": marks})
+    typer.echo(f"wrote {path} ({path.stat().st_size / 1e3:.0f} kB)")
 
 
 if __name__ == "__main__":

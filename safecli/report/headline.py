@@ -79,6 +79,9 @@ def headline(results: Mapping[str, Any]) -> list[Row]:
         for outcome, better in MEASURES[about["kind"]]
     ]
     base: Mapping[str, Any] = next(iter(models.values()), {})
+    for task in base.get("ability", {}):
+        cells = [rate_cell(model, "ability", task, "more") for model in models.values()]
+        rows.append(Row(f"Ability, {task}: right answers", "more", cells))
     for key, title, better in SCALARS:
         values = [model.get(key) for model in models.values()]
         cells = [_scalar_cell(value, base.get(key), index == 0) for index, value in enumerate(values)]

@@ -13,11 +13,15 @@ from pydantic import BaseModel
 from safecli.artifacts import file_fingerprint, fingerprint, read_json, write_json
 from safecli.config import GenerateOptions, build
 from safecli.errors import InputError
+from safecli.generation import Request, fitting_batch, halving
 from safecli.judges import Judge, Pair
-from safecli.models import LanguageModel, Request, fitting_batch, halving
+from safecli.models import LanguageModel
 from safecli.records import Prompt, Response, append, read_responses, truncate_to_whole, usable
 from safecli.registry import JUDGES, key_values, load_plugin
 from safecli.stages import Reporter
+
+WAVES = 3
+"""How many times the answers at once are written at once."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def answer_all(
     file is the same, byte for byte, as one that was never interrupted. `sort` decides each batch's `use`.
     """
     ids = [model.prompt_ids(job.prompt.prompt) for job in jobs]
-    plan = _plan(path, ids, jobs, model, options)
+    slots, plan = _plan(path, ids, jobs, model, options)
     size = path.stat().st_size if path.exists() else 0
     done = truncate_to_whole(path, [len(batch) for batch in plan])
     if size and size > path.stat().st_size:
@@ -98,7 +102,7 @@ def answer_all(
             Request(ids[index], int(fingerprint(options.seed, job.prompt.id, job.sample)[:12], 16), job.opening)
             for index, job in zip(batch, here, strict=True)
         ]
-        answers = halving(model, requests, options.max_new_tokens, here[0].temperature, report.warn)
+        answers = halving(model, requests, options.max_new_tokens, here[0].temperature, report.warn, slots)
         seconds += time.perf_counter() - started
         tokens += sum(answer.tokens for answer in answers)
         pairs = [
@@ -131,19 +135,23 @@ def answer_all(
 
 def _plan(
     path: Path, ids: list[list[int]], jobs: Sequence[Job], model: LanguageModel, options: GenerateOptions
-) -> list[list[int]]:
-    """Batches of job indices: one temperature each, prompts of like length together."""
+) -> tuple[int, list[list[int]]]:
+    """How many answers at once, and batches of job indices: one temperature each, prompts of like length together.
+
+    A batch is several times what is answered at once, so that the next prompt takes the place of an answer that ends.
+    """
     stored = path.with_suffix(".plan.json")
     if stored.exists():
-        return read_json(stored)  # type: ignore[no-any-return]
+        plan = read_json(stored)
+        return plan["slots"], plan["batches"]
     order = sorted(range(len(jobs)), key=lambda index: (jobs[index].temperature, len(ids[index]), index))
     longest = max(len(prompt) for prompt in ids) + options.max_new_tokens
     size = options.batch_size or fitting_batch(model, longest)
-    plan: list[list[int]] = []
+    batches: list[list[int]] = []
     for index in order:
-        if plan and len(plan[-1]) < size and jobs[plan[-1][0]].temperature == jobs[index].temperature:
-            plan[-1].append(index)
+        if batches and len(batches[-1]) < WAVES * size and jobs[batches[-1][0]].temperature == jobs[index].temperature:
+            batches[-1].append(index)
         else:
-            plan.append([index])
-    write_json(stored, plan)
-    return plan
+            batches.append([index])
+    write_json(stored, {"slots": size, "batches": batches})
+    return size, batches

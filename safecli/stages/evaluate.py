@@ -29,10 +29,11 @@ from safecli.models import (
 from safecli.records import Prompt, Response, prompts_fingerprint, read_responses
 from safecli.report import markdown_summary, write_junit, write_report
 from safecli.stages import Reporter, inherit_model
+from safecli.stages.ability import right_answers, task_name
 from safecli.stages.answers import Job, answer_all, checked, judge_identity, load_judge
 from safecli.stages.batches import Rows
 from safecli.stages.gates import compare_with, parse_gate, read_baseline, regressions
-from safecli.stages.summary import SHIPPED_SETS, judge_errors, summarise, take_out_errors
+from safecli.stages.summary import SHIPPED_SETS, add_ability, judge_errors, summarise, take_out_errors
 from safecli.stages.train import read_metrics
 from safecli.suites import SHIPPED, attacked, read_suite, suite_prompts, wrappers
 
@@ -62,7 +63,8 @@ def evaluate(options: EvalOptions, report: Reporter | None = None) -> Evaluated:
     kinds = {name: one.kind for name, one in sets.items()}
     before = read_baseline(options.baseline) if options.baseline else None
     expressions = [*options.fail_if, *(regressions(kinds, before) if before else ())]
-    gates = [parse_gate(expression, kinds) for expression in expressions]
+    tasks = [task_name(task) for task in options.ability]
+    gates = [parse_gate(expression, kinds, tasks) for expression in expressions]
     options = inherit_model(options, report)
     adapters = _adapters(options, report)
     stage = Stage(options.run, "eval", _identity(options, prompts, adapters))
@@ -93,7 +95,9 @@ def preview(options: EvalOptions, report: Reporter) -> dict[str, Any]:
     """What `eval` would do: its folder, whether it is done, models and prompts of each set."""
     sets, prompts = _sets(options, report)
     for expression in options.fail_if:
-        parse_gate(expression, {name: one.kind for name, one in sets.items()})
+        parse_gate(
+            expression, {name: one.kind for name, one in sets.items()}, [task_name(task) for task in options.ability]
+        )
     options = inherit_model(options, report)
     adapters = _adapters(options, report)
     stage = Stage(options.run, "eval", _identity(options, prompts, adapters))
@@ -182,11 +186,13 @@ def _evaluate(
             report.say(f"{adapter} fits the model")
     answers: dict[str, list[Response]] = {}
     losses: dict[str, float | None] = {}
+    right: dict[str, dict[str, list[bool]]] = {}
     for name in ("base", *adapters):
         report.say(f"answering {len(jobs)} prompts with {name}")
         with _wearing(model, base, adapters.get(name)):
             answers[name], _ = answer_all(jobs, stage.path / f"answers-{name}.jsonl", model, judge, options, report)
             losses[name] = general_loss(model, answers["base"], options.max_prompt_tokens)
+            right[name] = _ability(options, model, stage.path / f"ability-{name}.json", report)
             given = _given(options.prefill, answers["base"], kept, model)
             if given:
                 report.say(f"going on from {len(given)} openings of unsafe answers with {name}")
@@ -205,11 +211,20 @@ def _evaluate(
         "models": summarise(answers, losses, kinds),
         "gates": [],
     }
+    add_ability(results["models"], right)
     if options.labels:
         errors = judge_errors(options.labels, judge, options.prompt_column)
         take_out_errors(results["models"], kinds, errors)
     write_json(stage.path / "results.json", results)
     stage.finish({"models": list(answers)})
+
+
+def _ability(options: EvalOptions, model: LanguageModel, path: Path, report: Reporter) -> dict[str, list[bool]]:
+    """What `right_answers` finds, kept so that a killed evaluation does not ask again."""
+    if options.ability and not path.exists():
+        report.say(f"asking {', '.join(options.ability)}")
+        write_json(path, right_answers(model, options.ability, options.limit, options.seed))
+    return read_json(path) if options.ability else {}
 
 
 def _given(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,20 +49,21 @@ class Gate:
         return bool(COMPARISONS[self.comparison](self.value(model), self.limit))
 
 
-def parse_gate(expression: str, sets: Mapping[str, Kind] = SHIPPED_SETS) -> Gate:
+def parse_gate(expression: str, sets: Mapping[str, Kind] = SHIPPED_SETS, tasks: Sequence[str] = ()) -> Gate:
     """Read `set.outcome[.low|.high|.diff[.low|.high|.p]|.since[.low|.high]] > number`; `UsageError` shows the form."""
     match = re.fullmatch(r"\s*([a-z0-9_]+(?:\.[a-z_]+)*)\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)\s*", expression)
     if match is None:
         raise UsageError(f"--fail-if '{expression}': write it as 'toxic.unsafe > 0.2'")
-    paths = _gate_paths(sets)
+    paths = _gate_paths(sets, tasks)
     if match[1] not in paths:
         raise UsageError(f"--fail-if '{expression}': unknown '{match[1]}'{nearest(match[1], paths)}")
     return Gate(expression, paths[match[1]], match[2], float(match[3]))
 
 
-def _gate_paths(sets: Mapping[str, Kind]) -> dict[str, tuple[str, ...]]:
+def _gate_paths(sets: Mapping[str, Kind], tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Every name that a gate may use, with where the results of a model hold it."""
     rates = [(name, label) for name, kind in sets.items() for label in labels_of(kind)]
+    rates += [("ability", task) for task in tasks]
     paths: dict[str, tuple[str, ...]] = {name: (name,) for name in SCALARS}
     paths["general_loss.diff"] = ("diff", "general_loss")
     for name, kind in sets.items():

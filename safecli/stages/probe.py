@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from safecli.config import TrainOptions
+from safecli.generation import Request, halving
 from safecli.judges import Judge, Kind, Pair
 from safecli.judges.fluency import degenerate_reasons
 from safecli.losses.fused import divergences
-from safecli.models import LanguageModel, Request, halving, last_hidden, scale_adapter
+from safecli.models import LanguageModel, last_hidden, scale_adapter
 from safecli.records import SETS, Prompt, shipped
 from safecli.stages import Reporter
 from safecli.stages.batches import Rows

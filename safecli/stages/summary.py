@@ -135,6 +135,19 @@ def _difference(base: Sequence[Sequence[bool]], model: Sequence[Sequence[bool]])
     return {**asdict(found), "p": p, "base_only": lost, "model_only": gained}
 
 
+def add_ability(models: dict[str, Any], right: Mapping[str, Mapping[str, Sequence[bool]]]) -> None:
+    """Put `ability` into every model: its rate of right answers by task, and how it differs from the base's."""
+    for name, tasks in right.items():
+        if not tasks:
+            continue
+        models[name]["ability"] = {task: rate(sum(found), len(found)) for task, found in tasks.items()}
+        if name != "base":
+            models[name]["diff"]["ability"] = {
+                task: _difference([[hit] for hit in right["base"][task]], [[hit] for hit in found])
+                for task, found in tasks.items()
+            }
+
+
 Errors = dict[Kind, tuple[tuple[int, int], tuple[int, int]]]
 """Of each kind of prompt, how many of the labelled answers that count the judge found, and of the others cleared."""
 

@@ -1,0 +1,290 @@
+"""Answers from a language model: rows that are refilled as answers end, and fewer of them where memory runs out."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from safecli.errors import RunError
+from safecli.models import LanguageModel, free_memory, is_out_of_memory
+
+REFILL = 4
+"""New prompts are read when this part of the rows is free: one prompt at a time would read them slowly."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to generate: a prompt's token ids, the seed of its own random numbers, and how it has to begin."""
+
+    ids: list[int]
+    seed: int = 0
+    opening: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer; `finished` says that the model ended it, not the token limit."""
+
+    text: str
+    tokens: int
+    finished: bool
+
+
+class _Picker:
+    """How the next token of every row is chosen: the likeliest, or one drawn at a temperature.
+
+    Drawing is by Gumbel-max with a generator for each row, so that an answer depends on its seed and not on its batch.
+    """
+
+    def __init__(self, model: Any, temperature: float) -> None:
+        penalty = getattr(model.generation_config, "repetition_penalty", None) or 1.0
+        self.penalty = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1.0 else None
+        self.temperature = temperature
+
+    def scores(self, ids: torch.Tensor, logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+        """Scores [B, V] whose largest is the token to take, after the tokens `ids` [B, L]."""
+        scores = logits.float()
+        if self.penalty:
+            scores = self.penalty(ids, scores)
+        if self.temperature > 0:
+            noise = torch.empty(scores.shape)
+            for row, generator in zip(noise, generators, strict=True):
+                row.exponential_(generator=generator)
+            scores = scores / self.temperature - noise.log_().to(scores.device)
+        return scores
+
+
+@dataclass
+class _Rows:
+    """Answers under way: which request each row answers, all its tokens [B, L] with their mask, and what was computed.
+
+    Rows are padded on the left. The last token of each has been picked, but not read yet.
+    """
+
+    request: list[int]
+    generators: list[torch.Generator]
+    said: list[list[int]]
+    ids: torch.Tensor
+    mask: torch.Tensor
+    cache: DynamicCache
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all other rows, and the columns that only they had."""
+        index = torch.tensor(rows, device=self.ids.device)
+        self.request = [self.request[row] for row in rows]
+        self.generators = [self.generators[row] for row in rows]
+        self.said = [self.said[row] for row in rows]
+        self.mask = self.mask[index]
+        first = int(self.mask.any(0).to(torch.uint8).argmax())
+        self.ids, self.mask = self.ids[index, first:], self.mask[:, first:]
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[index, :, first:], layer.values[index, :, first:]
+
+    def join(self, other: _Rows) -> None:
+        """Take up the rows of another."""
+        self.request += other.request
+        self.generators += other.generators
+        self.said += other.said
+        self.ids, self.mask = (_stacked(*pair) for pair in ((self.ids, other.ids), (self.mask, other.mask)))
+        for own, new in zip(self.cache.layers, other.cache.layers, strict=True):
+            own.keys, own.values = _stacked(own.keys, new.keys, 2), _stacked(own.values, new.values, 2)
+
+
+def _stacked(a: torch.Tensor, b: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    """Two batches as one, the shorter padded with zeros at the beginning of `dim`."""
+    length = max(a.shape[dim], b.shape[dim])
+    after = [0, 0] * (a.ndim - 1 - dim)
+    return torch.cat([functional.pad(part, [*after, length - part.shape[dim], 0]) for part in (a, b)])
+
+
+class _Engine:
+    """Answers requests in rows that take up the next request when an answer ends."""
+
+    def __init__(self, language_model: LanguageModel, requests: Sequence[Request], longest: int, temperature: float):
+        self.model, self.tokenizer = language_model.model, language_model.tokenizer
+        self.requests, self.longest = requests, longest
+        self.stops = {language_model.end_id, int(self.tokenizer.eos_token_id)}
+        self.memory = "cache" if "cache" in _parameters(self.model) else "past_key_values"
+        self.pick = _Picker(self.model, temperature)
+        self.said: dict[int, list[int]] = {}
+
+    def run(self, slots: int) -> list[list[int]]:
+        """The tokens of every answer, up to and with the one that ends it."""
+        waiting = deque(range(len(self.requests)))
+        rows: _Rows | None = None
+        while waiting or rows:
+            free = slots - (len(rows.request) if rows else 0)
+            if waiting and (rows is None or free * REFILL >= slots):
+                new = self._read([waiting.popleft() for _ in range(min(free, len(waiting)))])
+                if rows:
+                    rows.join(new)
+                else:
+                    rows = new
+            else:
+                assert rows
+                self._step(rows)
+            rows = self._finish(rows)
+        return [self.said[number] for number in range(len(self.requests))]
+
+    def _read(self, numbers: list[int]) -> _Rows:
+        """Read prompts and pick the first token of each answer."""
+        ids = [[*self.requests[number].ids, *self.requests[number].opening] for number in numbers]
+        batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
+        mask = batch["attention_mask"]
+        output = self.model(
+            input_ids=batch["input_ids"],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        generators = [torch.Generator().manual_seed(self.requests[number].seed) for number in numbers]
+        rows = _Rows(numbers, generators, [[] for _ in numbers], batch["input_ids"], mask, output[self.memory])
+        self._take(rows, output.logits)
+        return rows
+
+    def _step(self, rows: _Rows) -> None:
+        """Read the last token of every row and pick the next."""
+        output = self.model(
+            input_ids=rows.ids[:, -1:],
+            attention_mask=rows.mask,
+            position_ids=rows.mask.sum(1, keepdim=True) - 1,
+            use_cache=True,
+            **{self.memory: rows.cache},
+        )
+        self._take(rows, output.logits)
+
+    def _take(self, rows: _Rows, logits: torch.Tensor) -> None:
+        picked = self.pick.scores(rows.ids, logits[:, -1], rows.generators).argmax(-1)
+        for said, token in zip(rows.said, picked.tolist(), strict=True):
+            said.append(token)
+        rows.ids = torch.cat([rows.ids, picked[:, None]], 1)
+        rows.mask = functional.pad(rows.mask, [0, 1], value=1)
+
+    def _finish(self, rows: _Rows) -> _Rows | None:
+        """Put away answers that ended; None when no other is under way."""
+        going = []
+        for row, (number, said) in enumerate(zip(rows.request, rows.said, strict=True)):
+            if said[-1] in self.stops or len(said) == self.longest:
+                self.said[number] = said
+            else:
+                going.append(row)
+        if len(going) < len(rows.request) and going:
+            rows.keep(going)
+        return rows if going else None
+
+
+def _inner(model: Any) -> Any:
+    """The model itself where an adapter is around it."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
+def _parameters(model: Any) -> Collection[str]:
+    return inspect.signature(_inner(model).forward).parameters.keys()
+
+
+def _can_refill(model: Any) -> bool:
+    """Whether what the model remembers is one pair of keys and values per layer for every token, and no window."""
+    cache = DynamicCache(config=_inner(model).config)
+    plain = all(type(layer) is DynamicLayer for layer in cache.layers)
+    return plain and {"position_ids", "logits_to_keep"} <= set(_parameters(model))
+
+
+class _RowSampler(LogitsProcessor):  # type: ignore[misc]
+    """The picker's drawing for models that `transformers` has to generate with."""
+
+    def __init__(self, pick: _Picker, requests: Sequence[Request]) -> None:
+        self.pick = pick
+        self.generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self.pick.scores(input_ids, scores, self.generators)
+
+
+def _whole_batches(engine: _Engine, slots: int) -> list[list[int]]:
+    """What the engine does, batch by batch with `model.generate`."""
+    said: list[list[int]] = []
+    for start in range(0, len(engine.requests), slots):
+        requests = engine.requests[start : start + slots]
+        ids = [[*request.ids, *request.opening] for request in requests]
+        batch = engine.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(engine.model.device)
+        output = engine.model.generate(
+            **batch,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+            max_new_tokens=engine.longest,
+            eos_token_id=sorted(engine.stops),
+            pad_token_id=engine.tokenizer.pad_token_id,
+            logits_processor=LogitsProcessorList([_RowSampler(engine.pick, requests)]),
+        )
+        for row in output[:, batch["input_ids"].shape[1] :].tolist():
+            end = next((at for at, token in enumerate(row) if token in engine.stops), len(row))
+            said.append(row[: end + 1])
+    return said
+
+
+@torch.inference_mode()
+def generate(
+    language_model: LanguageModel,
+    requests: Sequence[Request],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    slots: int | None = None,
+) -> list[Answer]:
+    """Answer requests, greedily or at a temperature, `slots` of them at once: all of them where not given."""
+    engine = _Engine(language_model, requests, max_new_tokens, temperature)
+    slots = min(slots or len(requests), len(requests))
+    found = engine.run(slots) if _can_refill(language_model.model) else _whole_batches(engine, slots)
+    answers = []
+    for request, said in zip(requests, found, strict=True):
+        finished = said[-1] in engine.stops
+        own = said[:-1] if finished else said
+        text = engine.tokenizer.decode([*request.opening, *own], skip_special_tokens=True)
+        answers.append(Answer(text.replace("\0", "\ufffd").strip(), len(own), finished))
+    return answers
+
+
+def fitting_batch(language_model: LanguageModel, tokens: int, cap: int = 48) -> int:
+    """How many sequences of `tokens` tokens fit in a quarter of the free memory: their KV cache and logits."""
+    config = language_model.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    item = language_model.head.element_size()
+    cache = 2 * 2 * config.num_hidden_layers * heads * head_dim * item * tokens
+    fitting = free_memory(language_model.device) // 4 // int(cache + 12 * config.vocab_size)
+    return max(1, min(cap, fitting))
+
+
+def halving(
+    language_model: LanguageModel,
+    requests: Sequence[Request],
+    max_new_tokens: int,
+    temperature: float,
+    say: Callable[[str], None],
+    slots: int | None = None,
+) -> list[Answer]:
+    """`generate`, with half as many answers at once for as long as it runs out of memory; `say` is told."""
+    slots = min(slots or len(requests), len(requests))
+    while True:
+        try:
+            return generate(language_model, requests, max_new_tokens, temperature, slots)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if slots == 1:
+                raise RunError("out of memory with a batch of one: use a smaller model or --max-new-tokens") from error
+        if language_model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        say(f"out of memory with {slots} prompts at once: going on with {slots - slots // 2}")
+        slots -= slots // 2
