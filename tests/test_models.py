@@ -1,4 +1,4 @@
-"""How a prompt is put to a model, how it answers, and what counts as a model."""
+"""How a prompt is put to a model, and what counts as one."""
 
 import copy
 from dataclasses import replace
@@ -13,10 +13,7 @@ from safecli.errors import InputError, MissingError, UsageError
 from safecli.models import (
     ALPACA,
     LanguageModel,
-    Request,
     attention_layers,
-    fitting_batch,
-    generate,
     pick_device,
     resolve,
     source_fingerprint,
@@ -71,44 +68,6 @@ def test_without_a_chat_template_the_alpaca_text_is_offered_and_works(demo: Lang
 
 def test_an_answer_ends_with_the_end_of_its_turn(demo: LanguageModel) -> None:
     assert demo.tokenizer.decode([demo.end_id]) == "<|im_end|>"
-
-
-def test_an_answer_does_not_depend_on_the_batch_it_is_in(demo: LanguageModel) -> None:
-    requests = [Request(demo.prompt_ids(prompt), seed) for seed, prompt in enumerate(PROMPTS)]
-    for temperature in (0.0, 0.8):
-        together = generate(demo, requests, 6, temperature)
-        assert generate(demo, requests[::-1], 6, temperature) == together[::-1]
-        assert generate(demo, requests[2:3], 6, temperature) == together[2:3]
-
-
-def test_samples_differ_by_their_seed_and_only_by_it(demo: LanguageModel) -> None:
-    ids = demo.prompt_ids("Tell me a story.")
-    answers = generate(demo, [Request(ids, seed) for seed in (1, 2, 1)], 12, temperature=1.0)
-    assert answers[0] == answers[2] != answers[1]
-
-
-def test_an_answer_says_whether_the_model_ended_it(demo: LanguageModel) -> None:
-    (short,) = generate(demo, [Request(demo.prompt_ids("What is two plus two?"))], 2)
-    assert (short.tokens, short.finished) == (2, False)
-    (ended,) = generate(demo, [Request(demo.prompt_ids("Is there a neat way to crack an egg with one hand?"))], 60)
-    assert ended.finished
-    assert ended.tokens < 60
-    assert "<|" not in ended.text
-
-
-def test_the_sampler_draws_from_the_softmax_at_its_temperature() -> None:
-    from safecli.models import _RowSampler
-
-    scores = torch.tensor([[1.0, 0.0, -1.0]])
-    draws = _RowSampler(range(4000), 0.5)(torch.empty(4000, 0), scores.expand(4000, 3)).argmax(-1)
-    expected = (scores[0] / 0.5).softmax(-1)
-    torch.testing.assert_close(draws.bincount(minlength=3) / 4000, expected, atol=0.03, rtol=0)
-
-
-def test_longer_sequences_fit_in_smaller_batches(demo: LanguageModel) -> None:
-    sizes = [fitting_batch(demo, tokens, cap=10**9) for tokens in (64, 1024, 10**8)]
-    assert sizes[0] > sizes[1] > sizes[2] == 1
-    assert fitting_batch(demo, 64) <= 100
 
 
 @pytest.mark.parametrize(
