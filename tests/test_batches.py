@@ -74,7 +74,7 @@ def test_long_examples_are_cut_and_those_without_room_left_out(demo: LanguageMod
 
 
 def test_the_careful_reference_sees_the_sentence_and_the_model_does_not(demo: LanguageModel) -> None:
-    for example, base in zip(_made(demo), _made(demo, reference="base"), strict=True):
+    for example, base in zip(_made(demo, reference="careful"), _made(demo), strict=True):
         assert CAREFUL in demo.tokenizer.decode(example.reference)
         assert CAREFUL not in demo.tokenizer.decode(example.prompt)
         assert base.reference == base.prompt == example.prompt

@@ -52,7 +52,7 @@ class Reader:
     def __init__(self, encoder: str | None = None, device: str = "auto") -> None:
         self.tokenizer, self.lower = reading_model(AutoModel, encoder)
         layers, config = self.lower.layers, copy.deepcopy(self.lower.config)
-        config.vocab_size, config.pad_token_id = 1, None
+        config.num_hidden_layers, config.vocab_size, config.pad_token_id = LAYERS - FROZEN, 1, None
         self.upper = AutoModel.from_config(config)
         self.lower.layers, self.upper.layers = layers[:FROZEN], layers[FROZEN:LAYERS]
         self.lower.norm = self.upper.norm = nn.Identity()
