@@ -67,5 +67,8 @@ def test_lm_eval_asks_local_tasks(demo: LanguageModel, tmp_path: Path) -> None:
     assert 0.25 < sum(found["basics"]) / len(found["basics"]) <= 1
     with pytest.raises(InputError, match="no such file"):
         right_answers(demo, [str(tmp_path / "none.yaml")], None, 0)
+    (tmp_path / "code.yaml").write_text("process_docs: !function code.run\n", encoding="utf-8")
+    with pytest.raises(InputError, match="!function"):
+        right_answers(demo, [str(tmp_path / "code.yaml")], None, 0)
     with pytest.raises(InputError, match="--ability no_such_task"):
         right_answers(demo, ["no_such_task"], None, 0)

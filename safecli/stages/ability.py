@@ -8,8 +8,11 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from safecli.errors import InputError, MissingError
 from safecli.models import LanguageModel
+from safecli.records import read_text
 
 SHIPPED = "basics"
 """The task that comes with the package: 100 multiple-choice questions of our own."""
@@ -59,9 +62,10 @@ def _task(chosen: str | Path) -> str | dict[str, Any]:
         return str(chosen)
     if not path.is_file():
         raise InputError(f"--ability {chosen}: there is no such file")
-    from lm_eval.utils import load_yaml_config
-
-    config: dict[str, Any] = load_yaml_config(yaml_path=str(path), mode="full")
+    try:
+        config: dict[str, Any] = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:  # a tag that runs code, such as !function, among them
+        raise InputError(f"--ability {chosen}: {' '.join(str(error).split())}") from error
     named = config.get("dataset_kwargs", {}).get("data_files", {})
     config["dataset_kwargs"] = {"data_files": {split: str(path.parent / file) for split, file in named.items()}}
     return config
