@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
@@ -127,6 +128,9 @@ def trained_reader(weights: Path, encoder: str | None, device: str) -> tuple[Rea
     if any(t.shape[-1] not in (reader.width, 2 * reader.width + SHAPE) for n, t in heads.items() if "weight" in n):
         raise InputError(f"{weights} was trained on a language model of another width")
     set_peft_model_state_dict(reader.upper, {name: tensor for name, tensor in tensors.items() if "lora" in name})
+    for layer in reader.upper.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
     return reader, heads
 
 
