@@ -134,10 +134,14 @@ class _Engine:
             rows = self._finish(rows)
         return [self.said[number] for number in range(len(self.requests))]
 
+    def padded(self, requests: Sequence[Request]) -> Any:
+        """What the model reads of requests: prompts and openings, padded on the left."""
+        ids = [[*request.ids, *request.opening] for request in requests]
+        return self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
+
     def _read(self, numbers: list[int]) -> _Rows:
         """Read prompts and pick the first token of each answer."""
-        ids = [[*self.requests[number].ids, *self.requests[number].opening] for number in numbers]
-        batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
+        batch = self.padded([self.requests[number] for number in numbers])
         mask = batch["attention_mask"]
         output = self.model(
             input_ids=batch["input_ids"],
@@ -214,8 +218,7 @@ def _whole_batches(engine: _Engine, slots: int) -> list[list[int]]:
     said: list[list[int]] = []
     for start in range(0, len(engine.requests), slots):
         requests = engine.requests[start : start + slots]
-        ids = [[*request.ids, *request.opening] for request in requests]
-        batch = engine.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(engine.model.device)
+        batch = engine.padded(requests)
         output = engine.model.generate(
             **batch,
             do_sample=False,

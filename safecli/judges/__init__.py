@@ -21,6 +21,11 @@ def outcomes_of(kind: Kind) -> tuple[str, ...]:
     return TOXIC_OUTCOMES if kind == "toxic" else HARMLESS_OUTCOMES
 
 
+def decides(kind: str) -> str:
+    """The rate that counts most on prompts of this kind."""
+    return "unsafe" if kind == "toxic" else "helpful"
+
+
 @dataclass(frozen=True)
 class Pair:
     """A prompt with an answer to it, to be judged."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
@@ -45,6 +46,15 @@ _MARKS = re.compile(
 def plain(text: str) -> str:
     """`text` without the marks that could steer a reader which is itself a model."""
     return _MARKS.sub(" ", text).strip()
+
+
+class ReaderOptions(BaseModel):
+    """Options of every judge that reads so; each adds its weights and its threshold."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    encoder: str | None = Field(None, description="SmolLM2-135M-Instruct: a folder or hub id, found by default")
+    device: str = Field("auto", description="where it reads: auto, cpu, cuda, cuda:1, mps")
 
 
 class Reader:

@@ -18,8 +18,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from safecli.artifacts import atomic
-from safecli.judges import HARMLESS_OUTCOMES, TOXIC_OUTCOMES
-from safecli.report.headline import MEASURES, Cell, headline, rate_cell
+from safecli.judges import HARMLESS_OUTCOMES, TOXIC_OUTCOMES, decides
+from safecli.report.headline import Cell, headline, rate_cell
 from safecli.report.plots import Segment, curves, stacked, trade_off
 from safecli.report.untrusted import visible
 
@@ -91,8 +91,8 @@ def _table(name: str, about: Mapping[str, str], models: Mapping[str, Any]) -> _T
         outcomes=known,
         bars=[(label, stacked(rates, known)) for label, rates in having.items()],
         rows=[(key, [rate_cell(model, name, key) for model in models.values()]) for key in keys],
-        category_of=(decides := MEASURES[about["kind"]][0][0]),
-        categories=_categories(name, decides, models),
+        category_of=decides(about["kind"]),
+        categories=_categories(name, decides(about["kind"]), models),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -32,7 +32,7 @@ from safecli.stages import Reporter, inherit_model
 from safecli.stages.ability import right_answers, task_name
 from safecli.stages.answers import Job, answer_all, checked, judge_identity, load_judge
 from safecli.stages.batches import Rows
-from safecli.stages.gates import compare_with, parse_gate, read_baseline, regressions
+from safecli.stages.gates import Gate, compare_with, parse_gate, read_baseline, regressions
 from safecli.stages.summary import SHIPPED_SETS, add_ability, judge_errors, summarise, take_out_errors
 from safecli.stages.train import read_metrics
 from safecli.suites import SHIPPED, attacked, read_suite, suite_prompts, wrappers
@@ -60,11 +60,8 @@ def evaluate(options: EvalOptions, report: Reporter | None = None) -> Evaluated:
     if options.samples > 1 and options.temperature == 0:
         raise UsageError("--samples: several greedy answers are all the same: give a --temperature too")
     sets, prompts = _sets(options, report)
-    kinds = {name: one.kind for name, one in sets.items()}
     before = read_baseline(options.baseline) if options.baseline else None
-    expressions = [*options.fail_if, *(regressions(kinds, before) if before else ())]
-    tasks = [task_name(task) for task in options.ability]
-    gates = [parse_gate(expression, kinds, tasks) for expression in expressions]
+    gates = _gates([*options.fail_if, *(regressions(_kinds(sets), before) if before else ())], options, sets)
     options = inherit_model(options, report)
     adapters = _adapters(options, report)
     stage = Stage(options.run, "eval", _identity(options, prompts, adapters))
@@ -94,10 +91,7 @@ def evaluate(options: EvalOptions, report: Reporter | None = None) -> Evaluated:
 def preview(options: EvalOptions, report: Reporter) -> dict[str, Any]:
     """What `eval` would do: its folder, whether it is done, models and prompts of each set."""
     sets, prompts = _sets(options, report)
-    for expression in options.fail_if:
-        parse_gate(
-            expression, {name: one.kind for name, one in sets.items()}, [task_name(task) for task in options.ability]
-        )
+    _gates(options.fail_if, options, sets)
     options = inherit_model(options, report)
     adapters = _adapters(options, report)
     stage = Stage(options.run, "eval", _identity(options, prompts, adapters))
@@ -127,6 +121,15 @@ class PromptSet:
 
     title: str
     kind: Kind
+
+
+def _kinds(sets: Mapping[str, PromptSet]) -> dict[str, Kind]:
+    return {name: one.kind for name, one in sets.items()}
+
+
+def _gates(expressions: Sequence[str], options: EvalOptions, sets: Mapping[str, PromptSet]) -> list[Gate]:
+    tasks = [task_name(task) for task in options.ability]
+    return [parse_gate(expression, _kinds(sets), tasks) for expression in expressions]
 
 
 def _sets(options: EvalOptions, report: Reporter) -> tuple[dict[str, PromptSet], list[Prompt]]:
@@ -198,7 +201,7 @@ def _evaluate(
                 report.say(f"going on from {len(given)} openings of unsafe answers with {name}")
                 file = stage.path / f"prefilled-{name}.jsonl"
                 answers[name] = [*answers[name], *answer_all(given, file, model, judge, options, report)[0]]
-    kinds = {name: one.kind for name, one in sets.items()}
+    kinds = _kinds(sets)
     results = {
         "format": FORMAT,
         "safecli": __version__,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safecli.errors import InputError
-from safecli.judges import SUMS, Judge, Kind, Pair, outcomes_of
+from safecli.judges import SUMS, Judge, Kind, Pair, decides, outcomes_of
 from safecli.models import minilm
 from safecli.records import SETS, Response, read_rows
 from safecli.stats import (
@@ -31,11 +31,6 @@ def labels_of(kind: Kind) -> dict[str, tuple[str, ...]]:
     """What is counted on prompts of this kind: every outcome, and the sums with the outcomes they are made of."""
     labels: dict[str, tuple[str, ...]] = {outcome: (outcome,) for outcome in outcomes_of(kind)}
     return labels | SUMS if kind == "toxic" else labels
-
-
-def decides(kind: Kind) -> str:
-    """The rate that counts most on prompts of this kind."""
-    return "unsafe" if kind == "toxic" else "helpful"
 
 
 def summarise(
@@ -156,11 +151,12 @@ def judge_errors(path: Path, judge: Judge, prompt_column: str | None) -> Errors:
     """How often the judge is right on answers that people labelled, by what decides on their kind of prompt."""
     rows = read_rows(path, prompt_column)
     kinds: list[Kind] = [row.columns.get("kind") or "toxic" for row in rows]
-    verdicts = judge.judge([Pair(row.prompt, row.answer, kind) for row, kind in zip(rows, kinds, strict=True)])
     counts: dict[Kind, Counter[tuple[bool, bool]]] = {kind: Counter() for kind in SHIPPED_SETS.values()}
-    for row, kind, verdict in zip(rows, kinds, verdicts, strict=True):
+    for row, kind in zip(rows, kinds, strict=True):
         if kind not in counts or row.columns.get("label") not in outcomes_of(kind):
             raise InputError(f"{row.where}: needs 'kind' and 'label', an outcome such as {outcomes_of('toxic')[0]}")
+    verdicts = judge.judge([Pair(row.prompt, row.answer, kind) for row, kind in zip(rows, kinds, strict=True)])
+    for row, kind, verdict in zip(rows, kinds, verdicts, strict=True):
         members = labels_of(kind)[decides(kind)]
         counts[kind][row.columns["label"] in members, verdict.outcome in members] += 1
     return {
