@@ -135,7 +135,7 @@ class TrainOptions(CostOptions):
     )
     general_weight: float | None = Field(None, ge=0, description="Weight of the general loss; by recipe 6 or 1.")
     safe_weight: float = Field(0.25, ge=0, description="Weight of the cross-entropy on own safe answers.")
-    steps: int = Field(14, ge=1, description="Optimiser steps.")
+    steps: int = Field(28, ge=1, description="Optimiser steps.")
     batch_size: int = Field(4, ge=1, description="Examples of each kind per step and device.")
     accumulate: int = Field(1, ge=1, description="Micro-batches per step.")
     lr: float = Field(6e-4, gt=0, description="Peak learning rate; warm-up over a tenth, then linear decay.")
