@@ -118,6 +118,17 @@ class TrainOptions(CostOptions):
     )
     general: list[Path] = Field([], description="General records or instruction files; default: the newest records.")
     init_adapter: Path | None = Field(None, description="Go on training this LoRA adapter.")
+    loss: Literal[
+        "emd",
+        "unlikelihood",
+        "anchored-unlikelihood",
+        "gradient-ascent",
+        "npo",
+        "simnpo",
+        "safe-unlearning",
+        "emo",
+        "emo-by-distance",
+    ] = Field("emd", description="Loss on unsafe answers: ours, or one to compare with.")
     bound: Literal["exact", "centroid", "covariance", "relaxed", "upper"] | None = Field(
         None, description="Bound of the EMD; by itself the best that target and cost allow."
     )
@@ -129,13 +140,15 @@ class TrainOptions(CostOptions):
         None, description="Minimise KL(p || reference) - strength * EMD; off: minus the bound alone. By recipe."
     )
     reference: Literal["base", "careful"] = Field("base", description="Reference of the anchored term.")
-    strength: float | None = Field(None, gt=0, description="Weight of the EMD: lambda; by recipe 10 or 1.")
+    strength: float | None = Field(
+        None, gt=0, description="Weight of the EMD (lambda) or of another loss; by recipe 10 where anchored, else 1."
+    )
     general_loss: Literal["kl", "sft"] | None = Field(
         None, description="On general data: KL to the base model, or cross-entropy. By recipe."
     )
     general_weight: float | None = Field(None, ge=0, description="Weight of the general loss; by recipe 6 or 1.")
     safe_weight: float = Field(0.25, ge=0, description="Weight of the cross-entropy on own safe answers.")
-    steps: int = Field(28, ge=1, description="Optimiser steps.")
+    steps: int = Field(14, ge=1, description="Optimiser steps.")
     batch_size: int = Field(4, ge=1, description="Examples of each kind per step and device.")
     accumulate: int = Field(1, ge=1, description="Micro-batches per step.")
     lr: float = Field(6e-4, gt=0, description="Peak learning rate; warm-up over a tenth, then linear decay.")

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safecli.config import CostOptions
-from safecli.costs import Cost, DenseCost, Neighbours, SparseCost, Vocabulary, load_cost, read_cost, unit
+from safecli.costs import Cost, DenseCost, Neighbours, SparseCost, Vocabulary, unit
+from safecli.costs.build import load_cost, read_cost
 from safecli.errors import InputError, SafecliError, UsageError
 from safecli.models import LanguageModel
 from safecli.stages.cost import token_id

@@ -4,7 +4,7 @@ import numpy as np
 import ot
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -44,6 +44,7 @@ def _transport(p: Tensor, q: Tensor, cost: Tensor) -> float:
     return float(ot.emd2(p[0].numpy(), q[0].numpy(), cost.numpy()))
 
 
+@settings(max_examples=2000, deadline=None)
 @given(problems())
 def test_the_bounds_lie_around_the_exact_distance_in_order(problem: tuple[Tensor, Tensor, Tensor]) -> None:
     p, q, features = problem

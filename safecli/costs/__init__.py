@@ -1,4 +1,4 @@
-"""Semantic token costs: the two kinds, what a backend is, and how a cost is built, kept and looked up.
+"""Semantic token costs: the two kinds, and what a backend is.
 
 A cost says how far apart tokens are in meaning, C_ij in [0, 2] with C_ii = 0. Dense costs are unit features,
 C_ij = 1 - f_i . f_j; sparse costs are symmetric nearest neighbours with one ceiling for every other pair.
@@ -11,27 +11,15 @@ towards them is worth no more than pushing it to an average token.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from pydantic import BaseModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-
-from safecli.artifacts import atomic, fingerprint, locked, manifest, read_manifest, write_json
-from safecli.config import CostOptions, build, cache_dir
-from safecli.errors import InputError
-from safecli.models import LanguageModel
-from safecli.registry import COSTS, key_values, load_plugin
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,9 +33,11 @@ class DenseCost:
         """V, the number of tokens."""
         return self.features.shape[0]
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """C[ids, :], [n, V], for `ids` [n]."""
-        return 1 - self.features[ids] @ self.features.T
+    def rows(self, ids: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+        """scale * C[ids, :], [n, V], for `ids` [n], into `out` where given; a token is at 0 from itself exactly."""
+        features = self.features
+        rows = torch.addmm(features.new_full((1, 1), scale), features[ids], features.T, alpha=-scale, out=out)
+        return rows.scatter_(1, ids[:, None], 0)
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> DenseCost:
         """The same cost on a device."""
@@ -71,15 +61,16 @@ class SparseCost:
         """V, the number of tokens."""
         return self.starts.shape[0] - 1
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """C[ids, :], [n, V], for `ids` [n]."""
-        rows = torch.full((len(ids), self.vocab), self.ceiling, dtype=self.costs.dtype, device=self.costs.device)
+    def rows(self, ids: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+        """scale * C[ids, :], [n, V], for `ids` [n], into `out` where given."""
+        rows = self.costs.new_empty(len(ids), self.vocab) if out is None else out
+        rows.fill_(scale * self.ceiling)
         first = self.starts[ids]
         counts = self.starts[ids + 1] - first
         owner = torch.repeat_interleave(torch.arange(len(ids), device=ids.device), counts)
         offset = torch.arange(len(owner), device=ids.device) - (counts.cumsum(0) - counts)[owner]
         entry = first[owner] + offset
-        rows[owner, self.neighbours[entry]] = self.costs[entry]
+        rows[owner, self.neighbours[entry]] = (scale * self.costs[entry]).to(rows.dtype)
         return rows
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> SparseCost:
@@ -171,70 +162,3 @@ class CostBackend(Protocol):
     def build(self, vocabulary: Vocabulary, say: Callable[[str], None]) -> Tensor | Neighbours:
         """Dense unit features [V, k] float32, or nearest neighbours; `say` reports progress."""
         ...
-
-
-def load_backend(options: CostOptions) -> tuple[type[CostBackend], BaseModel]:
-    """The backend's class and its options; `UsageError` for a name or an option that there isn't."""
-    backend_class = load_plugin(COSTS, options.cost)
-    return backend_class, build(
-        backend_class.Options, key_values(options.cost_opt, "--cost-opt"), f"cost '{options.cost}'"
-    )
-
-
-def load_cost(
-    options: CostOptions, language_model: LanguageModel, say: Callable[[str], None] = logger.info
-) -> tuple[Cost, Path]:
-    """The cost that the options name, built when it isn't in the cache, and the folder that holds it."""
-    backend_class, chosen = load_backend(options)
-    embeddings = language_model.model.get_input_embeddings().weight.detach()
-    vocabulary = Vocabulary(language_model.tokenizer, embeddings.float().cpu(), language_model.device)
-    identity = {
-        "backend": options.cost,
-        "options": chosen.model_dump(mode="json"),
-        "vocabulary": vocabulary_fingerprint(vocabulary),
-        "embeddings": fingerprint(embeddings.shape, embeddings.flatten()[::997].float().tolist()),
-    }
-    folder = cache_dir() / "costs" / f"{options.cost}-{fingerprint(identity)}"
-    with locked(folder / ".lock", wait=True):
-        if not (folder / "manifest.json").exists():
-            say(f"building cost '{options.cost}' for {vocabulary.size:,} tokens")
-            _save(folder, backend_class(chosen).build(vocabulary, say), vocabulary, identity)
-    return read_cost(folder, vocabulary), folder
-
-
-def vocabulary_fingerprint(vocabulary: Vocabulary) -> str:
-    """Identify a vocabulary by its token texts and size."""
-    return fingerprint(vocabulary.size, sorted(vocabulary.tokenizer.get_vocab().items(), key=lambda item: item[1]))
-
-
-def _save(folder: Path, built: Tensor | Neighbours, vocabulary: Vocabulary, identity: dict[str, Any]) -> None:
-    if isinstance(built, Neighbours):
-        sparse = built.symmetric()
-        tensors = {"starts": sparse.starts, "neighbours": sparse.neighbours, "costs": sparse.costs}
-        result: dict[str, Any] = {"kind": "sparse", "ceiling": sparse.ceiling, "entries": len(sparse.costs)}
-    else:
-        tensors = {"features": unit(built, vocabulary.meaningless).contiguous()}
-        result = {"kind": "dense", "k": built.shape[1]}
-    with atomic(folder / "cost.safetensors") as beside:
-        save_file(tensors, beside)
-    result |= {"V": vocabulary.size, "meaningless": int(vocabulary.meaningless.sum())}
-    write_json(folder / "manifest.json", manifest("cost", identity, result))
-
-
-def read_cost(folder: Path, vocabulary: Vocabulary) -> Cost:
-    """Read a cost artefact, refusing one that was built for another vocabulary."""
-    content = read_manifest(folder / "manifest.json", "cost")
-    made_for, here = content["identity"]["vocabulary"], vocabulary_fingerprint(vocabulary)
-    if made_for != here:
-        raise InputError(
-            f"the cost {folder} was built for another vocabulary ({made_for}) than this model's ({here}): "
-            "build it again with `safecli cost`"
-        )
-    try:
-        with safe_open(folder / "cost.safetensors", "pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, FileNotFoundError) as error:
-        raise InputError(f"the cost {folder} is broken ({error}): delete the folder, and it is built again") from error
-    if content["result"]["kind"] == "dense":
-        return DenseCost(tensors["features"])
-    return SparseCost(tensors["starts"], tensors["neighbours"], tensors["costs"], content["result"]["ceiling"])

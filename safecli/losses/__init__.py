@@ -1,5 +1,29 @@
 """The Earth Mover Distance losses: plain float64 reference in `emd`, the chunked operator in `fused`."""
 
-from safecli.losses.fused import Anchor, Target, linear_cross_entropy, linear_emd, linear_kl, onehot
+from safecli.costs import Cost, DenseCost, SparseCost
+from safecli.losses.fused import (
+    Anchor,
+    Head,
+    Reference,
+    Target,
+    linear_cross_entropy,
+    linear_emd,
+    linear_kl,
+    linear_losses,
+    onehot,
+)
 
-__all__ = ["Anchor", "Target", "linear_cross_entropy", "linear_emd", "linear_kl", "onehot"]
+__all__ = [
+    "Anchor",
+    "Cost",
+    "DenseCost",
+    "Head",
+    "Reference",
+    "SparseCost",
+    "Target",
+    "linear_cross_entropy",
+    "linear_emd",
+    "linear_kl",
+    "linear_losses",
+    "onehot",
+]

@@ -1,35 +1,42 @@
-"""The losses from hidden states and head weight, in chunks, so that [T, V] never exists whole.
+"""The losses from hidden states and head weight, in chunks of positions, so that [T, V] never exists whole.
 
-Losses of different positions don't mix, so each chunk of positions computes its losses and, while its logits are
-at hand, their gradient with respect to the chunk's hidden states; what is kept for the backward pass is [T, d].
-With a head that trains, the chunk is computed again in the backward pass instead (activation checkpointing).
+Losses of different positions don't mix, so a chunk of positions computes its values and, while its probabilities are
+at hand, their gradient with respect to the chunk's hidden states; what is kept for the backward pass is [T, d]. A head
+that trains gets its gradient in the backward pass, where each chunk is computed again.
 
-Products per T positions, frozen head: 2TVd for the logits and 2TVd for dh; a dense cost adds 2TVk for the row of
-costs of a one-hot target, or 2TVk for mu and 2TVk for its gradient with the bounds on means.
+Every loss here depends on the logits z through p = softmax(z) alone, so its gradient dL/dz sums to 0 at each position.
+That sum gives the entry of the likeliest token from the others: where the model is sure (p = 1 - eps) its own formula
+would cancel to noise. For the same reason mu_p is taken as f_top + sum_i p_i (f_i - f_top).
+
+Matrix products per T positions with a frozen head: 2TVd for the logits and 2TVd for dh; dense costs add 2TVk for the
+row of costs of `exact` and `upper` (2TVk for each token of the support with `relaxed`), and 2TVk for mu_p and 2TVk for
+its gradient with `centroid` and `covariance`; a reference adds 2TVd for its logits. Neighbours add none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from safecli.costs import Cost, DenseCost
-from safecli.errors import UsageError
+from safecli.errors import RunError, UsageError
 
 Bound = Literal["exact", "centroid", "covariance", "relaxed", "upper"]
+Term = Literal["cross_entropy", "kl", "reverse_kl", "emd", "interval"]
+Reduction = Literal["mean", "sum", "none"]
 
-_CHUNK_BYTES = 1 << 25
-_TINY = 1e-6
+BUDGET = {"cpu": 1 << 25, "cuda": 1 << 29}
+"""Bytes that the buffers [t, V] of one chunk may take."""
+_NO_SPREAD = 1e-30
 
 
 @dataclass(frozen=True)
 class Target:
-    """Unsafe targets: distributions over the vocabulary with few tokens each, `ids` and `weights` [T, m].
+    """Distributions over the vocabulary with few tokens each: `ids` and `weights` [T, m].
 
     Weights are >= 0 and sum to 1 over m; a weight of 0 pads.
     """
@@ -49,11 +56,33 @@ def onehot(ids: Tensor) -> Target:
 
 
 @dataclass(frozen=True)
+class Head:
+    """An output head: logits = soft_cap * tanh(z / soft_cap) with z = scale * (hidden W' + bias), `weight` W [V, d].
+
+    Gemma has a soft cap; Cohere multiplies by a scale, Granite divides by one.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The model to stay near: its last `hidden` [T, d], and its own frozen `head` where the head here trains."""
+
+    hidden: Tensor
+    head: Head | None = None
+
+
+@dataclass(frozen=True)
 class Anchor:
-    """The reference of the anchored term: its last `hidden` [T, d], and the `strength` (lambda) of the EMD."""
+    """The anchored term: a reference as in `Reference`, and the `strength` (lambda) of the EMD beside it."""
 
     hidden: Tensor
     strength: float
+    head: Head | None = None
 
 
 def best_bound(target: Target, cost: Cost) -> Bound:
@@ -71,162 +100,436 @@ def check_bound(bound: Bound, target: Target, cost: Cost) -> None:
         raise UsageError(f"bound '{bound}' needs a cost with features: use exact, relaxed or upper with this one")
 
 
-class _PerPosition(torch.autograd.Function):
-    """Losses [T] whose gradient with respect to hidden [T, d] is computed in the forward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, chunk: int, losses: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        value = torch.empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        gradient = torch.empty_like(hidden)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            with torch.enable_grad():
-                leaf = hidden[part].detach().requires_grad_()
-                loss = losses(leaf, part)
-                (gradient[part],) = torch.autograd.grad(loss.sum(), leaf)
-            value[part] = loss.detach()
-        ctx.save_for_backward(gradient)
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0][:, None].to(gradient.dtype), None, None
-
-
-def _per_position(
-    hidden: Tensor, weight: Tensor, losses: Callable[[Tensor, slice], Tensor], chunk: int | None
-) -> Tensor:
-    chunk = chunk or max(16, _CHUNK_BYTES // (4 * weight.shape[0]))
-    if torch.is_grad_enabled() and hidden.requires_grad and not weight.requires_grad:
-        return _PerPosition.apply(hidden, chunk, losses)  # type: ignore[no-any-return,no-untyped-call]
-    parts = [slice(start, start + chunk) for start in range(0, len(hidden), chunk)]
-    if torch.is_grad_enabled() and weight.requires_grad:
-        values = [checkpoint(losses, hidden[part], part, use_reentrant=False) for part in parts]
-    else:
-        values = [losses(hidden[part], part) for part in parts]
-    return torch.cat([hidden[:0].sum(-1, dtype=torch.promote_types(hidden.dtype, torch.float32)), *values])
-
-
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Logits [t, V] in float32; double stays double."""
-    logits = hidden.to(weight.dtype) @ weight.T
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _bound(p: Tensor, target: Target, cost: Cost, bound: Bound) -> Tensor:
-    """The bound of the EMD at each position, [t], from probabilities p [t, V]."""
-    ids, weights = target.ids, target.weights
-    if bound in ("exact", "upper", "relaxed"):
-        return (p * _linear_cost(ids, weights, cost, bound)).sum(-1)
-    assert isinstance(cost, DenseCost)
-    mu_p = p @ cost.features
-    support = cost.features[ids]
-    mu_q = (weights[..., None] * support).sum(1)
-    if bound == "centroid":
-        return (mu_p - mu_q).square().sum(-1) / 2
-    variance_q = (weights * (support - mu_q[:, None]).square().sum(-1)).sum(-1)
-    variance_p = (1 - mu_p.square().sum(-1)).clamp(min=_TINY)
-    # Two roots, not one of the product: at a one-token target that root is 0 and its gradient NaN.
-    return 1 - (mu_p * mu_q).sum(-1) - variance_p.sqrt() * variance_q.sqrt()
-
-
-def _linear_cost(ids: Tensor, weights: Tensor, cost: Cost, bound: Bound) -> Tensor:
-    """c [t, V] of the bounds that are linear in p: C_ix, sum_j q_j C_ij, or min over the support of q."""
-    if bound == "upper" and isinstance(cost, DenseCost):
-        return 1 - (weights[..., None] * cost.features[ids]).sum(1) @ cost.features.T
-    total = cost.rows(ids[:, 0])
-    if bound == "upper":
-        total = total * weights[:, :1]
-    elif bound == "relaxed":
-        total = torch.where(weights[:, :1] > 0, total, torch.inf)
-    for column in range(1, ids.shape[1]):
-        row = cost.rows(ids[:, column])
-        weight = weights[:, column : column + 1]
-        total = total + weight * row if bound == "upper" else torch.where(weight > 0, total.minimum(row), total)
-    return total
-
-
 def linear_emd(
     hidden: Tensor,
-    weight: Tensor,
-    target: Target,
+    weight: Tensor | Head,
+    targets: Tensor | Target,
     cost: Cost,
     *,
     bound: Bound | None = None,
     anchor: Anchor | None = None,
+    token_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Minus a bound of EMD(softmax(hidden W'), target) at each position, [T] float32.
+    r"""Minus a bound of the Earth Mover Distance between softmax(hidden W') and the targets: minimising pushes away.
 
-    With an anchor: KL(p || p_ref) - strength * bound, whose optimum for one-hot targets is
-    p_ref exp(strength C_x), normalised. `hidden` is [T, d], `weight` [V, d]. `None` takes the best bound.
-    Errors: `UsageError` for a bound that target and cost can't give.
+    .. math::
+        L_t = -\mathrm{bound}(p_t, q_t), \qquad
+        \mathrm{EMD}(p, q) = \min_{T \in \Pi(p, q)} \sum_{ij} T_{ij} C_{ij}, \quad C_{ij} = 1 - f_i \cdot f_j
+
+    and with an anchor KL(p || p_ref) - strength * bound, whose optimum for one-hot targets is p_ref exp(strength C_x),
+    normalised.
+
+    Parameters
+    ----------
+    hidden : [T, d], any float dtype; logits are computed in the head's dtype, or in autocast's
+    weight : the output head, [V, d] or a `Head`
+    targets : token ids [T], or a `Target` of sparse distributions
+    cost : `DenseCost` (features [V, k]) or `SparseCost` (neighbours and a ceiling), in [0, 2]
+    bound : `exact` (one-hot targets), `centroid`, `covariance` (costs with features), `relaxed`, `upper` (any);
+        by itself the tightest that targets and cost allow: `exact`, else `covariance`, else `relaxed`
+    anchor : the reference's last hidden states, its head where this one trains, and the strength
+    token_weight : [T], the weight of each position
+    reduction : `mean` is sum(w L) / sum(w) over positions that count, 0 where none does; `sum`; or `none`: [T]
+    ignore_index : a position with this target counts for nothing
+
+    Returns
+    -------
+    A scalar, or [T] with reduction `none`; float32, or float64 where hidden is.
+
+    Raises
+    ------
+    UsageError : a bound that targets and cost can't give
+    RunError : NaN or infinity in hidden, with the first position
+
+    References
+    ----------
+    `exact`, `centroid`, `covariance`: docs/loss.md. `relaxed`: Kusner et al., From Word Embeddings To Document
+    Distances, ICML 2015. `upper`: Ren et al., EMO, ICLR 2024. The objective: Lu, Sinha & Varakantham, ICLR 2025.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from safecli.losses import DenseCost, linear_emd
+    >>> axes = DenseCost(torch.eye(4))                 # four tokens, each as far from every other: cost 1
+    >>> hidden = torch.tensor([[9.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    >>> loss = linear_emd(hidden, torch.eye(4), torch.tensor([0]), axes)
+    >>> round(float(loss), 6)                          # minus the probability of tokens 1 to 3
+    -0.00037
     """
-    bound = bound or best_bound(target, cost)
-    check_bound(bound, target, cost)
-
-    def losses(chunk: Tensor, part: slice) -> Tensor:
-        log_p = _logits(chunk, weight).log_softmax(-1)
-        p = log_p.exp()
-        gain = _bound(p, Target(target.ids[part], target.weights[part]), cost, bound)
-        if anchor is None:
-            return -gain
-        with torch.no_grad():
-            log_ref = _logits(anchor.hidden[part], weight).log_softmax(-1)
-        return (p * (log_p - log_ref)).sum(-1) - anchor.strength * gain
-
-    return _per_position(hidden, weight, losses, chunk_tokens)
+    target = targets if isinstance(targets, Target) else onehot(targets)
+    terms: dict[Term, float] = {"emd": 1.0} if anchor is None else {"reverse_kl": 1.0, "emd": anchor.strength}
+    reference = Reference(anchor.hidden, anchor.head) if anchor else None
+    loss, _ = linear_losses(
+        hidden, weight, terms, target, cost, bound, reference, ignore_index=ignore_index, chunk_tokens=chunk_tokens
+    )
+    return _reduced(loss, token_weight, reduction, _counts(target, ignore_index))
 
 
-def linear_kl(hidden: Tensor, weight: Tensor, reference: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
-    """KL(p_ref || p) at each position, [T] float32, from hidden states and those of the reference, both [T, d]."""
-
-    def losses(chunk: Tensor, part: slice) -> Tensor:
-        log_p = _logits(chunk, weight).log_softmax(-1)
-        with torch.no_grad():
-            log_ref = _logits(reference[part], weight).log_softmax(-1)
-            entropy = (log_ref.exp() * log_ref).sum(-1)
-        return entropy - (log_ref.exp() * log_p).sum(-1)
-
-    return _per_position(hidden, weight, losses, chunk_tokens)
-
-
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
-    """Cross-entropy with token ids [T] at each position, [T] float32, from hidden states [T, d]."""
-
-    def losses(chunk: Tensor, part: slice) -> Tensor:
-        return torch.nn.functional.cross_entropy(_logits(chunk, weight), ids[part], reduction="none")
-
-    return _per_position(hidden, weight, losses, chunk_tokens)
-
-
-@torch.no_grad()
-def divergences(
+def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
-    reference: Tensor,
+    weight: Tensor | Head,
+    targets: Tensor | Target,
+    *,
+    token_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Cross-entropy -sum_j q_j log p_j of softmax(hidden W') with targets; arguments and returns as in `linear_emd`."""
+    target = targets if isinstance(targets, Target) else onehot(targets)
+    loss, _ = linear_losses(
+        hidden, weight, {"cross_entropy": 1.0}, target, ignore_index=ignore_index, chunk_tokens=chunk_tokens
+    )
+    return _reduced(loss, token_weight, reduction, _counts(target, ignore_index))
+
+
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor | Head,
+    reference: Tensor | Reference,
+    *,
+    reverse: bool = False,
+    token_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """KL(p_ref || p), or KL(p || p_ref) with `reverse`; arguments and returns as in `linear_emd`."""
+    anchor = reference if isinstance(reference, Reference) else Reference(reference)
+    terms: dict[Term, float] = {"reverse_kl" if reverse else "kl": 1.0}
+    loss, _ = linear_losses(hidden, weight, terms, reference=anchor, chunk_tokens=chunk_tokens)
+    return _reduced(loss, token_weight, reduction, torch.ones(len(hidden), dtype=torch.bool, device=hidden.device))
+
+
+def _counts(target: Target, ignore_index: int) -> Tensor:
+    return target.ids[:, 0] != ignore_index
+
+
+def _reduced(loss: Tensor, token_weight: Tensor | None, reduction: Reduction, counts: Tensor) -> Tensor:
+    weight = counts.to(loss.dtype) if token_weight is None else token_weight.to(loss.dtype) * counts
+    loss = loss * weight
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / weight.sum().clamp(min=torch.finfo(loss.dtype).tiny)
+
+
+def linear_losses(
+    hidden: Tensor,
+    weight: Tensor | Head,
+    terms: Mapping[Term, float],
     target: Target | None = None,
     cost: Cost | None = None,
+    bound: Bound | None = None,
+    reference: Reference | None = None,
     *,
-    chunk_tokens: int = 256,
-) -> dict[str, Tensor]:
-    """What training logs at each position, [T] each: KL(p || p_ref), and with unsafe targets the EMD's bounds.
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, dict[Term, Tensor]]:
+    """Several losses in one pass over the chunks: their weighted sum at each position, and each of them, all [T].
 
-    `emd` is the best bound, exact for one-hot targets; with features `interval` is the certified gap between the
-    upper and the covariance bound, 0 for one-hot targets.
+    `terms` names what to compute, with its weight in the sum; a weight of 0 computes it to be looked at, without a
+    gradient. `cross_entropy` and `emd` need a target, `emd` a cost, `kl` (p_ref || p) and `reverse_kl` (p || p_ref) a
+    reference. `emd` enters the sum with a minus. `interval` (weight 0) is the gap between the upper and the covariance
+    bound, which is certain to hold the EMD: there is one with the bound `covariance` alone. Ignored positions are 0.
     """
-    kl, emd, gap = [], [], []
-    for start in range(0, len(hidden), chunk_tokens):
-        part = slice(start, start + chunk_tokens)
-        log_p = _logits(hidden[part], weight).log_softmax(-1)
-        log_ref = _logits(reference[part], weight).log_softmax(-1)
-        p = log_p.exp()
-        kl.append((p * (log_p - log_ref)).sum(-1))
-        if target is not None and cost is not None:
-            here = Target(target.ids[part], target.weights[part])
-            emd.append(_bound(p, here, cost, best_bound(here, cost)))
-            if not here.is_onehot and isinstance(cost, DenseCost):
-                gap.append(_bound(p, here, cost, "upper") - emd[-1])
-    found = {"kl": kl, "emd": emd, "interval": gap}
-    return {name: torch.cat(values) for name, values in found.items() if values}
+    head = weight if isinstance(weight, Head) else Head(weight)
+    _check_finite(hidden)
+    if "emd" in terms:
+        assert target is not None
+        assert cost is not None
+        bound = bound or best_bound(target, cost)
+        check_bound(bound, target, cost)
+    whole = len(hidden)
+    kept = _counts(target, ignore_index).nonzero()[:, 0] if target is not None else None
+    if kept is None or len(kept) == whole:
+        return _apply(hidden, head, _Losses(dict(terms), target, cost, bound, reference, chunk_tokens))
+    assert target is not None
+    if reference is not None:
+        reference = Reference(reference.hidden[kept], reference.head)
+    losses = _Losses(dict(terms), Target(target.ids[kept], target.weights[kept]), cost, bound, reference, chunk_tokens)
+    loss, values = _apply(hidden[kept], head, losses)
+
+    def spread(part: Tensor) -> Tensor:
+        return part.new_zeros(whole).index_copy(0, kept, part)
+
+    return spread(loss), {name: spread(value) for name, value in values.items()}
+
+
+def _check_finite(hidden: Tensor) -> None:
+    bad = (~hidden.detach().isfinite()).any(-1).nonzero()
+    if len(bad):
+        raise RunError(f"NaN or infinity in the hidden states, first at position {int(bad[0, 0])} of {len(hidden)}")
+
+
+def _apply(hidden: Tensor, head: Head, losses: _Losses) -> tuple[Tensor, dict[Term, Tensor]]:
+    per_position = torch.compiler.disable(_PerPosition.apply)  # type: ignore[no-untyped-call]
+    return per_position(hidden, head.weight, head.bias, head, losses), losses.values
+
+
+@dataclass
+class _Losses:
+    """What to compute; `values` holds each term at each position, [T], once the forward pass has been."""
+
+    terms: dict[Term, float]
+    target: Target | None
+    cost: Cost | None
+    bound: Bound | None
+    reference: Reference | None
+    chunk_tokens: int | None
+    values: dict[Term, Tensor] = field(default_factory=dict)
+
+
+class _PerPosition(torch.autograd.Function):
+    """Losses [T]; their gradient with respect to hidden is computed in the forward pass where the head is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, losses: _Losses) -> Tensor:
+        needs_hidden, *needs_head = ctx.needs_input_grad[:3]
+        ctx.recompute = any(needs_head)
+        chunks = _Chunks(hidden, head, losses)
+        loss = torch.zeros(len(hidden), dtype=chunks.work, device=hidden.device)
+        losses.values = {name: torch.empty_like(loss) for name in losses.terms}
+        gradient = torch.empty_like(hidden) if needs_hidden and not ctx.recompute else None
+        for part in chunks.parts():
+            values, dz = chunks.compute(part, gradient is not None)
+            for name, weight_of in losses.terms.items():
+                losses.values[name][part] = values[name]
+                loss[part] += (-weight_of if name == "emd" else weight_of) * values[name]
+            if gradient is not None:
+                gradient[part] = chunks.to_hidden(dz)
+        ctx.head, ctx.losses = head, losses
+        ctx.save_for_backward(hidden, weight, bias, gradient)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        hidden, weight, bias, gradient = ctx.saved_tensors
+        if not ctx.recompute:
+            return gradient * upstream[:, None].to(gradient.dtype), None, None, None, None
+        chunks = _Chunks(hidden, ctx.head, ctx.losses)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        dh, dw = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
+        db = torch.zeros(len(weight), dtype=wide, device=weight.device)
+        for part in chunks.parts():
+            dz = chunks.compute(part, True)[1].mul_(upstream[part, None])
+            dh[part] = chunks.to_hidden(dz)
+            dw += chunks.to_weight(dz, part)
+            db += dz.sum(0).mul_(ctx.head.scale)
+        return dh, dw.to(weight.dtype), None if bias is None else db.to(bias.dtype), None, None
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """p [t, V] with its likeliest token `top` [t, 1], the sum `rest` of all others, and log p_top, [t, 1] each."""
+
+    p: Tensor
+    top: Tensor
+    rest: Tensor
+    log_top: Tensor
+
+    def log(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """log p at `ids` [t, m], exact where p is nearly 1."""
+        return logits.gather(1, ids) - logits.gather(1, self.top) + self.log_top
+
+    def log_norm(self, logits: Tensor) -> Tensor:
+        """The log of the sum of exp(logits), [t]."""
+        return (logits.gather(1, self.top) - self.log_top)[:, 0]
+
+
+class _Chunks:
+    """The arithmetic of one chunk after the other, in buffers [t, V] that are used again.
+
+    Products are computed in `low`, the dtype of the head or of autocast; everything else in `work`, at least float32.
+    """
+
+    def __init__(self, hidden: Tensor, head: Head, losses: _Losses) -> None:
+        self.device = hidden.device
+        autocast = torch.is_autocast_enabled(self.device.type)
+        self.low = torch.get_autocast_dtype(self.device.type) if autocast else head.weight.dtype
+        self.work = torch.promote_types(self.low, torch.float32)
+        self.hidden, self.head = hidden.detach().to(self.low), self._lowered(head)
+        self.terms, self.target, self.bound = losses.terms, losses.target, losses.bound
+        if losses.cost is not None:
+            dense = isinstance(losses.cost, DenseCost)
+            self.cost = losses.cost.to(self.device, self.low if dense else self.work)
+        self.reference: Tensor | None = None
+        if losses.reference is not None:
+            self.reference = losses.reference.hidden.detach().to(self.low)
+            self.reference_head = self._lowered(losses.reference.head or head)
+        self.buffers: dict[str, Tensor] = {}
+        self.chunk = min(losses.chunk_tokens or self._fitting(), max(len(hidden), 1))
+
+    def _lowered(self, head: Head) -> Head:
+        bias = None if head.bias is None else head.bias.detach().to(self.low)
+        return Head(head.weight.detach().to(self.low), bias, head.scale, head.soft_cap)
+
+    def _fitting(self) -> int:
+        """Positions whose buffers fit in the budget."""
+        buffers = 2 + (self.reference is not None) + ("kl" in self.terms)
+        item = buffers * self.work.itemsize + (0 if self.low == self.work else buffers * self.low.itemsize)
+        return max(16, BUDGET.get(self.device.type, BUDGET["cpu"]) // (len(self.head.weight) * item))
+
+    def parts(self) -> Iterator[slice]:
+        """Slices of positions, one after the other; dtypes stay as they are chosen here."""
+        with torch.autocast(self.device.type, enabled=False):
+            for start in range(0, len(self.hidden), self.chunk):
+                yield slice(start, min(start + self.chunk, len(self.hidden)))
+
+    def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
+        if name not in self.buffers:
+            self.buffers[name] = torch.empty(self.chunk, len(self.head.weight), dtype=dtype, device=self.device)
+        return self.buffers[name][:rows]
+
+    def _converted(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """`value` [t, V] in another dtype, in a buffer of that name; itself where it has that dtype."""
+        return value if value.dtype == dtype else self._buffer(name, len(value), dtype).copy_(value)
+
+    def _logits(self, hidden: Tensor, head: Head, name: str) -> Tensor:
+        """Logits [t, V] in the work dtype."""
+        logits = torch.mm(hidden, head.weight.T, out=self._buffer(name, len(hidden), self.low))
+        logits = self._converted(f"{name} wide", logits, self.work)
+        if head.bias is not None:
+            logits.add_(head.bias)
+        if head.scale != 1:
+            logits.mul_(head.scale)
+        if head.soft_cap is not None:
+            logits.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
+        return logits
+
+    def _softmax(self, logits: Tensor, name: str) -> _Softmax:
+        p = torch.softmax(logits, -1, out=self._buffer(name, len(logits), self.work))
+        top = p.argmax(-1, keepdim=True)
+        p_top = p.gather(1, top)
+        rest = p.scatter_(1, top, 0).sum(-1, keepdim=True)
+        p.scatter_(1, top, p_top)
+        return _Softmax(p, top, rest, torch.where(p_top > 0.5, torch.log1p(-rest), p_top.log()))
+
+    def compute(self, part: slice, gradient: bool) -> tuple[dict[Term, Tensor], Tensor]:
+        """Every term's value [t], and the gradient of their sum with respect to the logits, [t, V]."""
+        weights, values = self.terms, dict[Term, Tensor]()
+        reference = r = slope = None
+        if self.reference is not None:
+            reference = self._logits(self.reference[part], self.reference_head, "reference")
+            # r is kept where the gradient needs it, else p takes its buffer.
+            r = self._softmax(reference, "r" if "kl" in weights else "p")
+            norm_r = r.log_norm(reference)
+        z = self._logits(self.hidden[part], self.head, "logits")
+        here = self._softmax(z, "p")
+        mean = torch.zeros_like(here.rest)
+        if "cross_entropy" in weights:
+            target = self._target(part)
+            values["cross_entropy"] = -(target.weights * here.log(z, target.ids)).sum(-1)
+        if reference is not None and r is not None:
+            log_ratio = torch.sub(z, reference, out=reference).add_((norm_r - here.log_norm(z))[:, None])
+            if "kl" in weights:
+                values["kl"] = -_dot(r.p, log_ratio)
+            if "reverse_kl" in weights:
+                values["reverse_kl"] = _dot(here.p, log_ratio)
+                if weights["reverse_kl"]:
+                    slope = log_ratio if weights["reverse_kl"] == 1 else log_ratio.mul_(weights["reverse_kl"])
+                    mean = mean + weights["reverse_kl"] * values["reverse_kl"][:, None]
+        if "emd" in weights:
+            emd_slope, emd_mean = self._emd(part, here, values)
+            if weights.get("emd"):
+                slope = emd_slope if slope is None else slope.add_(emd_slope)
+                mean = mean + emd_mean
+        if not gradient:
+            return values, here.p
+        return values, self._dz(part, z, here, slope, mean, r)
+
+    def _target(self, part: slice) -> Target:
+        assert self.target is not None
+        return Target(self.target.ids[part], self.target.weights[part].to(self.work))
+
+    def _emd(self, part: slice, here: _Softmax, values: dict[Term, Tensor]) -> tuple[Tensor, Tensor]:
+        """Values of the bound; minus its slope in p [t, V], times its weight, and the mean of that under p [t, 1]."""
+        target, weight = self._target(part), self.terms.get("emd") or 1.0
+        # The logits are not needed any more, unless their soft cap is.
+        out = self._buffer("logits" if self.head.soft_cap is None else "slope", len(here.p), self.low)
+        if self.bound in ("centroid", "covariance") and isinstance(self.cost, DenseCost):
+            direction, mu_p = self._means(target, here, self.cost.features, values)
+            direction = (direction * weight).to(self.low)
+            torch.mm(direction, self.cost.features.T, out=out)
+            return self._converted("slope wide", out, self.work), (direction * mu_p).sum(-1, keepdim=True)
+        slope = self._converted("slope wide", self._costs(target, out, -weight), self.work)
+        mean = _dot(here.p, slope)
+        values["emd"] = mean / -weight
+        return slope, mean[:, None]
+
+    def _costs(self, target: Target, out: Tensor, scale: float) -> Tensor:
+        """scale * c [t, V] of the bounds that are linear in p: C_ix, sum_j q_j C_ij, or min_j C_ij over the support."""
+        ids, weights = target.ids, target.weights
+        if self.bound == "upper" and isinstance(self.cost, DenseCost) and ids.shape[1] > 1:
+            mean = (weights[..., None] * self.cost.features[ids]).sum(1).to(self.low)
+            return torch.addmm(out.new_full((1, 1), scale), mean, self.cost.features.T, alpha=-scale, out=out)
+        nearest, never = (torch.maximum, -torch.inf) if scale < 0 else (torch.minimum, torch.inf)
+        total: Tensor | None = None
+        for token, weight in zip(ids.T, weights.T[..., None], strict=True):
+            row = self.cost.rows(token, scale, out if total is None else self._buffer("row", len(ids), out.dtype))
+            if self.bound == "upper":
+                total = row.mul_(weight) if total is None else total.addcmul_(row, weight.to(row.dtype))
+            elif ids.shape[1] > 1:
+                row.masked_fill_(weight == 0, never)
+                total = row if total is None else nearest(total, row, out=total)
+        return row if total is None else total
+
+    def _means(
+        self, target: Target, here: _Softmax, features: Tensor, values: dict[Term, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Values of the bounds on means; minus their gradient with respect to mu_p, and mu_p, [t, k] each.
+
+        With s^2 = 1 - |mu|^2: centroid |mu_p - mu_q|^2 / 2, and covariance is that plus (s_p - s_q)^2 / 2.
+        """
+        f_top, support = (features[ids].to(self.work) for ids in (here.top[:, 0], target.ids))
+        p_top = here.p.gather(1, here.top)
+        centred = self._converted("low", here.p.scatter_(1, here.top, -here.rest), self.low)
+        delta = torch.mm(centred, features).to(self.work)  # mu_p - f_top
+        here.p.scatter_(1, here.top, p_top)
+        mu_p, mu_q = f_top + delta, (target.weights[..., None] * support).sum(1)
+        apart = delta + (f_top - mu_q)
+        values["emd"] = apart.square().sum(-1) / 2
+        direction = -apart
+        if self.bound == "covariance":
+            spread_p = (-2 * (f_top * delta).sum(-1) - delta.square().sum(-1)).clamp(min=_NO_SPREAD).sqrt()
+            spread_q = (target.weights * (support - mu_q[:, None]).square().sum(-1)).sum(-1).sqrt()
+            values["emd"] += (spread_p - spread_q).square() / 2
+            values["interval"] = spread_p * spread_q
+            direction = mu_q - (spread_q / spread_p)[:, None] * mu_p
+        return direction, mu_p
+
+    def _dz(
+        self, part: slice, z: Tensor, here: _Softmax, slope: Tensor | None, mean: Tensor, r: _Softmax | None
+    ) -> Tensor:
+        """dL/dz [t, V]: p (slope - mean) of the terms in p, p - q of the cross-entropy, p - p_ref of the divergence."""
+        dz = None if slope is None else slope.sub_(mean).mul_(here.p)
+        cross, kl = self.terms.get("cross_entropy", 0.0), self.terms.get("kl", 0.0)
+        if dz is None:
+            dz = here.p.mul_(cross + kl)
+        elif cross + kl:
+            dz.add_(here.p, alpha=cross + kl)
+        if cross:
+            target = self._target(part)
+            dz.scatter_add_(1, target.ids, target.weights * -cross)
+        if kl and r is not None:
+            dz.sub_(r.p, alpha=kl)
+        dz.scatter_(1, here.top, 0)
+        dz.scatter_(1, here.top, -dz.sum(-1, keepdim=True))
+        if self.head.soft_cap is not None:
+            dz.mul_(z.div_(self.head.soft_cap).square_().neg_().add_(1))
+        return dz
+
+    def to_hidden(self, dz: Tensor) -> Tensor:
+        """dL/dh [t, d] from dL/dz."""
+        return torch.mm(self._converted("low", dz, self.low), self.head.weight).mul_(self.head.scale)
+
+    def to_weight(self, dz: Tensor, part: slice) -> Tensor:
+        """The chunk's part of dL/dW, [V, d]."""
+        return torch.mm(self._converted("low", dz, self.low).T, self.hidden[part]).mul_(self.head.scale)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row by row, [t, V] and [t, V] to [t], without a product [t, V]."""
+    return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from safecli.config import CAREFUL, TrainOptions
 from safecli.errors import InputError, UsageError
-from safecli.losses import Target
+from safecli.losses import Head, Target
 from safecli.models import LanguageModel
 from safecli.records import Response, read_responses
 
@@ -48,6 +48,14 @@ def examples(responses: Sequence[Response], model: LanguageModel, options: Train
         if answer and len(prompt) < options.max_tokens:
             made.append(Example(prompt, answer, model.prompt_ids(response.prompt, careful)))
     return made
+
+
+def output_head(model: LanguageModel) -> Head:
+    """The model's output head, with the scale (Cohere, Granite) or soft cap (Gemma) that its architecture has."""
+    layer, config = model.model.get_output_embeddings(), model.model.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Head(layer.weight, getattr(layer, "bias", None), scale, cap)
 
 
 def few_repeats(responses: Sequence[Response]) -> list[Response]:
@@ -208,6 +216,7 @@ class Collator:
                 ]
                 packed = pack(targets)
                 batch["unsafe_ids"], batch["unsafe_q"] = packed.ids, packed.weights
+                batch["unsafe_answer"] = torch.repeat_interleave(torch.arange(len(found)), counts)
             else:
                 batch[f"{kind}_ids"] = torch.tensor(
                     [t for example, count, _, _ in found for t in example.answer[:count]]

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from safecli.config import CostOptions
-from safecli.costs import DenseCost, load_backend, load_cost
+from safecli.costs import DenseCost
+from safecli.costs.build import load_backend, load_cost
 from safecli.errors import UsageError
 from safecli.models import LanguageModel, load_model
 from safecli.stages import Reporter, inherit_model

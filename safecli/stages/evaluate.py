@@ -31,7 +31,7 @@ from safecli.report import markdown_summary, write_junit, write_report
 from safecli.stages import Reporter, inherit_model
 from safecli.stages.ability import right_answers, task_name
 from safecli.stages.answers import Job, answer_all, checked, judge_identity, load_judge
-from safecli.stages.batches import Rows
+from safecli.stages.batches import Rows, output_head
 from safecli.stages.gates import Gate, compare_with, parse_gate, read_baseline, regressions
 from safecli.stages.summary import SHIPPED_SETS, add_ability, judge_errors, summarise, take_out_errors
 from safecli.stages.train import read_metrics
@@ -274,7 +274,8 @@ def general_loss(model: LanguageModel, base_answers: Sequence[Response], longest
             targets += answer
         ids, mask, at = rows.tensors(model.tokenizer.pad_token_id)
         hidden = last_hidden(model.model, ids.to(model.device), mask.to(model.device))[torch.cat(at)]
-        total += float(linear_cross_entropy(hidden, model.head, torch.tensor(targets, device=model.device)).sum())
+        ids = torch.tensor(targets, device=model.device)
+        total += float(linear_cross_entropy(hidden, output_head(model), ids, reduction="sum"))
         tokens += len(targets)
     return total / tokens if tokens else None
 

@@ -8,11 +8,11 @@ from safecli.config import TrainOptions
 from safecli.generation import Request, halving
 from safecli.judges import Judge, Kind, Pair
 from safecli.judges.fluency import degenerate_reasons
-from safecli.losses.fused import divergences
+from safecli.losses import linear_kl
 from safecli.models import LanguageModel, last_hidden, scale_adapter
 from safecli.records import SETS, Prompt, shipped
 from safecli.stages import Reporter
-from safecli.stages.batches import Rows
+from safecli.stages.batches import Rows, output_head
 
 PROMPTS = {"toxic": 8, "lookalike": 8, "harmless": 8}
 TOKENS = 32
@@ -59,7 +59,7 @@ class Probe:
         """What has collapsed, or '' for a healthy model."""
         was_training = model.model.training
         model.model.eval()
-        kl = float(divergences(self._hidden(model), model.head, self.reference)["kl"].mean())
+        kl = float(linear_kl(self._hidden(model), output_head(model), self.reference, reverse=True))
         broken = self._broken(_answers(model, self.prompts, TOKENS, self.report))
         model.model.train(was_training)
         if not kl <= self.options.max_kl:

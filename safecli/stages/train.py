@@ -37,10 +37,12 @@ from safecli.artifacts import (
     read_manifest,
 )
 from safecli.config import TrainOptions
-from safecli.costs import Cost, load_backend, load_cost
+from safecli.costs import Cost
+from safecli.costs.build import load_backend, load_cost
 from safecli.errors import InputError, MissingError, RunError, UsageError
-from safecli.losses import Anchor, Target, linear_cross_entropy, linear_emd, linear_kl
-from safecli.losses.fused import best_bound, check_bound, divergences
+from safecli.losses import Head, Reference, Target, linear_cross_entropy, linear_losses, onehot
+from safecli.losses.baselines import BASELINES, Answers
+from safecli.losses.fused import Term, best_bound, check_bound
 from safecli.models import (
     LanguageModel,
     adapter_fingerprint,
@@ -54,7 +56,15 @@ from safecli.models import (
 from safecli.records import Response
 from safecli.stages import FEW, Reporter, inherit_model
 from safecli.stages.answers import judge_identity, load_judge
-from safecli.stages.batches import Collator, Mix, content_tokens, examples, first_tokens, training_records
+from safecli.stages.batches import (
+    Collator,
+    Mix,
+    content_tokens,
+    examples,
+    first_tokens,
+    output_head,
+    training_records,
+)
 from safecli.stages.card import model_card
 from safecli.stages.probe import Guard, Probe
 
@@ -77,6 +87,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 GUARD_JUDGE = "outcome"
+ANCHORED = ("emd", "anchored-unlikelihood")
+"""Losses whose strength stands beside a divergence from the reference; that of the others is a weight."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +146,11 @@ def _prepare(options: TrainOptions, report: Reporter) -> tuple[TrainOptions, dic
 
 
 def with_recipe(options: TrainOptions) -> TrainOptions:
-    """Fill in what the recipe decides where the user did not."""
+    """Fill in what the recipe decides where the user did not; `UsageError` for a loss that needs one-hot targets."""
+    if options.loss != "emd" and options.target != "onehot":
+        raise UsageError(f"--loss {options.loss} takes one token at each position: leave --target onehot")
+    if options.loss not in ANCHORED and options.strength is None:
+        options = options.model_copy(update={"strength": 1.0})
     chosen = {name: value for name, value in RECIPES[options.recipe].items() if getattr(options, name) is None}
     return options.model_copy(update=chosen)
 
@@ -295,7 +311,7 @@ def _trainer(
         args=arguments,
         train_dataset=Mix(made["general"], made["unsafe"], made["safe"], length, options.seed),
         data_collator=Collator(options, model.tokenizer.pad_token_id, content_tokens(model), cut),
-        head=model.head,
+        head=output_head(model),
         cost=cost,
         options=options,
     )
@@ -304,7 +320,7 @@ def _trainer(
 class TaSftTrainer(Trainer):  # type: ignore[misc]
     """`transformers.Trainer` with the TA-SFT loss: general term, unsafe term, own-safe term."""
 
-    def __init__(self, *, head: Tensor, cost: Cost, options: TrainOptions, **keywords: Any) -> None:
+    def __init__(self, *, head: Head, cost: Cost, options: TrainOptions, **keywords: Any) -> None:
         super().__init__(**keywords)
         self.head, self.cost, self.options = head, cost, options
         self.loss_is_scaled_for_ga = False
@@ -330,19 +346,19 @@ class TaSftTrainer(Trainer):  # type: ignore[misc]
                 "--dtype float32. The adapter of the last healthy probe is kept."
             )
         options, head = self.options, self.head
-        at, anchor = hidden[inputs["general_at"]], reference[inputs["general_reference_at"]]
-        weight = inputs["general_weight"]
+        at, anchor = hidden[inputs["general_at"]], Reference(reference[inputs["general_reference_at"]])
+        terms: dict[Term, float] = {"cross_entropy": 1.0, "reverse_kl": 0.0}
         if options.general_loss == "kl":
-            general = kl = (linear_kl(at, head, anchor) * weight).sum()
-        else:
-            general = (linear_cross_entropy(at, head, inputs["general_ids"]) * weight).sum()
-            kl = (divergences(at, head, anchor)["kl"] * weight).sum()
+            terms = {"kl": 1.0}
+        losses, values = linear_losses(at, head, terms, onehot(inputs["general_ids"]), reference=anchor)
+        general, kl = ((each * inputs["general_weight"]).sum() for each in (losses, values[list(terms)[-1]]))
         unsafe = self._unsafe(hidden[inputs["unsafe_at"]], reference[inputs["unsafe_reference_at"]], inputs)
         loss = (options.general_weight or 0.0) * general + unsafe
         self._note(general_loss=general, unsafe_term=unsafe, kl_general=kl, tokens=inputs["attention_mask"].sum())
         if "safe_at" in inputs:
-            losses = linear_cross_entropy(hidden[inputs["safe_at"]], head, inputs["safe_ids"])
-            safe = (losses * inputs["safe_weight"]).sum()
+            weight = inputs["safe_weight"]
+            at = hidden[inputs["safe_at"]]
+            safe = linear_cross_entropy(at, head, inputs["safe_ids"], token_weight=weight, reduction="sum")
             self._note(safe_loss=safe)
             loss = loss + options.safe_weight * safe
         if not loss.isfinite():
@@ -350,15 +366,25 @@ class TaSftTrainer(Trainer):  # type: ignore[misc]
         return loss
 
     def _unsafe(self, hidden: Tensor, reference: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        target = Target(inputs["unsafe_ids"], inputs["unsafe_q"])
-        strength = self.options.strength or 1.0
-        anchor = Anchor(reference, strength) if self.options.anchored else None
-        losses = linear_emd(hidden, self.head, target, self.cost, bound=self.bound, anchor=anchor)
-        if anchor is None:
-            losses = strength * losses
-        for name, values in divergences(hidden, self.head, reference, target, self.cost).items():
-            self._note(**{f"{name}_unsafe": (values * inputs["unsafe_weight"]).sum()})
-        return (losses * inputs["unsafe_weight"]).sum()
+        """The weighted unsafe term; the divergence from the reference, the EMD and its interval are noted."""
+        options, target, anchor = self.options, Target(inputs["unsafe_ids"], inputs["unsafe_q"]), Reference(reference)
+        strength, tightest = options.strength or 1.0, best_bound(target, self.cost)
+        terms: dict[Term, float] = {"reverse_kl": float(bool(options.anchored)), "emd": strength}
+        if options.loss != "emd":
+            terms = dict.fromkeys(terms, 0.0)
+        losses, values = linear_losses(hidden, self.head, terms, target, self.cost, self.bound, anchor)
+        if tightest != self.bound or tightest == "covariance":
+            looked: dict[Term, float] = {"emd": 0.0, "interval": 0.0} if tightest == "covariance" else {"emd": 0.0}
+            with torch.no_grad():
+                values |= linear_losses(hidden, self.head, looked, target, self.cost, tightest)[1]
+        for name, value in values.items():
+            self._note(**{f"{name.removeprefix('reverse_')}_unsafe": (value * inputs["unsafe_weight"]).sum()})
+        if options.loss == "emd":
+            return (losses * inputs["unsafe_weight"]).sum()
+        inside = options.loss in ANCHORED
+        answers = Answers(target.ids[:, 0], inputs["unsafe_answer"], anchor, self.cost, strength if inside else 1.0)
+        loss = BASELINES[options.loss](hidden, self.head, answers)
+        return loss if inside else strength * loss
 
     def _note(self, **values: Tensor) -> None:
         for name, value in values.items():
