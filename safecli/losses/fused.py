@@ -15,6 +15,7 @@ its gradient with `centroid` and `covariance`; a reference adds 2TVd for its log
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -29,7 +30,7 @@ Bound = Literal["exact", "centroid", "covariance", "relaxed", "upper"]
 Term = Literal["cross_entropy", "kl", "reverse_kl", "emd", "interval"]
 Reduction = Literal["mean", "sum", "none"]
 
-BUDGET = {"cpu": 1 << 25, "cuda": 1 << 29}
+BUDGET = {"cpu": 36 << 20, "cuda": 1 << 29}
 """Bytes that the buffers [t, V] of one chunk may take."""
 _NO_SPREAD = 1e-30
 
@@ -323,20 +324,13 @@ class _PerPosition(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Softmax:
-    """p [t, V] with its likeliest token `top` [t, 1], the sum `rest` of all others, and log p_top, [t, 1] each."""
+    """p [t, V]; its likeliest token `top`, the sum `rest` of the others, log p_top and the log of the norm, [t, 1]."""
 
     p: Tensor
     top: Tensor
     rest: Tensor
     log_top: Tensor
-
-    def log(self, logits: Tensor, ids: Tensor) -> Tensor:
-        """log p at `ids` [t, m], exact where p is nearly 1."""
-        return logits.gather(1, ids) - logits.gather(1, self.top) + self.log_top
-
-    def log_norm(self, logits: Tensor) -> Tensor:
-        """The log of the sum of exp(logits), [t]."""
-        return (logits.gather(1, self.top) - self.log_top)[:, 0]
+    log_norm: Tensor
 
 
 class _Chunks:
@@ -355,6 +349,7 @@ class _Chunks:
         if losses.cost is not None:
             dense = isinstance(losses.cost, DenseCost)
             self.cost = losses.cost.to(self.device, self.low if dense else self.work)
+        self.features = self.cost.features if losses.cost and isinstance(self.cost, DenseCost) else None
         self.reference: Tensor | None = None
         if losses.reference is not None:
             self.reference = losses.reference.hidden.detach().to(self.low)
@@ -367,10 +362,11 @@ class _Chunks:
         return Head(head.weight.detach().to(self.low), bias, head.scale, head.soft_cap)
 
     def _fitting(self) -> int:
-        """Positions whose buffers fit in the budget."""
-        buffers = 2 + (self.reference is not None) + ("kl" in self.terms)
+        """Positions whose buffers fit in the budget: a multiple of 16, at which products are fastest."""
+        buffers = 1.5 + (self.reference is not None) + ("kl" in self.terms)
         item = buffers * self.work.itemsize + (0 if self.low == self.work else buffers * self.low.itemsize)
-        return max(16, BUDGET.get(self.device.type, BUDGET["cpu"]) // (len(self.head.weight) * item))
+        fitting = int(BUDGET.get(self.device.type, BUDGET["cpu"]) / (len(self.head.weight) * item))
+        return max(16, fitting // 16 * 16)
 
     def parts(self) -> Iterator[slice]:
         """Slices of positions, one after the other; dtypes stay as they are chosen here."""
@@ -379,9 +375,12 @@ class _Chunks:
                 yield slice(start, min(start + self.chunk, len(self.hidden)))
 
     def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
+        """[rows, V], on a CPU with the positions side by side: products with few of them are a fifth faster so."""
+        vocab = len(self.head.weight)
         if name not in self.buffers:
-            self.buffers[name] = torch.empty(self.chunk, len(self.head.weight), dtype=dtype, device=self.device)
-        return self.buffers[name][:rows]
+            self.buffers[name] = torch.empty(rows * vocab, dtype=dtype, device=self.device)
+        flat = self.buffers[name][: rows * vocab]
+        return flat.view(vocab, rows).T if self.device.type == "cpu" else flat.view(rows, vocab)
 
     def _converted(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         """`value` [t, V] in another dtype, in a buffer of that name; itself where it has that dtype."""
@@ -399,137 +398,172 @@ class _Chunks:
             logits.div_(head.soft_cap).tanh_().mul_(head.soft_cap)
         return logits
 
-    def _softmax(self, logits: Tensor, name: str) -> _Softmax:
-        p = torch.softmax(logits, -1, out=self._buffer(name, len(logits), self.work))
-        top = p.argmax(-1, keepdim=True)
+    def _softmax(self, logits: Tensor, name: str | None = None) -> _Softmax:
+        """The softmax of logits [t, V], in their own buffer or in that of a name."""
+        top = _argmax(logits)
+        z_top = logits.gather(1, top)
+        p = logits if name is None else self._buffer(name, len(logits), self.work)
+        if p.stride(1) == 1:
+            torch.softmax(logits, 1, out=p)
+        else:
+            torch.softmax(logits.T, 0, out=p.T)
         p_top = p.gather(1, top)
         rest = p.scatter_(1, top, 0).sum(-1, keepdim=True)
         p.scatter_(1, top, p_top)
-        return _Softmax(p, top, rest, torch.where(p_top > 0.5, torch.log1p(-rest), p_top.log()))
+        log_top = torch.where(p_top > 0.5, torch.log1p(-rest), p_top.log())
+        return _Softmax(p, top, rest, log_top, z_top - log_top)
 
     def compute(self, part: slice, gradient: bool) -> tuple[dict[Term, Tensor], Tensor]:
-        """Every term's value [t], and the gradient of their sum with respect to the logits, [t, V]."""
+        """Every term's value [t], and the gradient of their sum with respect to the logits, [t, V].
+
+        A loss L(p) has dL/dz = p (l - sum(p l)) with l = dL/dp. What is pushed, p l, is made for half of the chunk at
+        a time. Cross-entropy and `kl` add p - q and p - p_ref.
+        """
         weights, values = self.terms, dict[Term, Tensor]()
-        reference = r = slope = None
-        if self.reference is not None:
-            reference = self._logits(self.reference[part], self.reference_head, "reference")
-            # r is kept where the gradient needs it, else p takes its buffer.
-            r = self._softmax(reference, "r" if "kl" in weights else "p")
-            norm_r = r.log_norm(reference)
+        reference, r = self._reference(part)
         z = self._logits(self.hidden[part], self.head, "logits")
-        here = self._softmax(z, "p")
-        mean = torch.zeros_like(here.rest)
-        if "cross_entropy" in weights:
-            target = self._target(part)
-            values["cross_entropy"] = -(target.weights * here.log(z, target.ids)).sum(-1)
-        if reference is not None and r is not None:
-            log_ratio = torch.sub(z, reference, out=reference).add_((norm_r - here.log_norm(z))[:, None])
+        log_ratio = None if reference is None else torch.sub(z, reference, out=reference)
+        capped = None if self.head.soft_cap is None else self._buffer("capped", len(z), self.work).copy_(z)
+        target = None if self.target is None else self._target(part)
+        z_target = None if target is None else z.gather(1, target.ids)
+        here = self._softmax(z)
+        if log_ratio is not None and r is not None:
+            log_ratio.add_(r.log_norm - here.log_norm)
             if "kl" in weights:
-                values["kl"] = -_dot(r.p, log_ratio)
+                values["kl"] = -torch.mul(r.p, log_ratio, out=self._buffer("scratch", len(z), self.work)).sum(-1)
             if "reverse_kl" in weights:
-                values["reverse_kl"] = _dot(here.p, log_ratio)
-                if weights["reverse_kl"]:
-                    slope = log_ratio if weights["reverse_kl"] == 1 else log_ratio.mul_(weights["reverse_kl"])
-                    mean = mean + weights["reverse_kl"] * values["reverse_kl"][:, None]
-        if "emd" in weights:
-            emd_slope, emd_mean = self._emd(part, here, values)
-            if weights.get("emd"):
-                slope = emd_slope if slope is None else slope.add_(emd_slope)
-                mean = mean + emd_mean
-        if not gradient:
-            return values, here.p
-        return values, self._dz(part, z, here, slope, mean, r)
+                values["reverse_kl"] = log_ratio.mul_(here.p).sum(-1)
+        if "cross_entropy" in weights and target is not None and z_target is not None:
+            # z_target - log_norm, without the rounding of z_top where that is the target.
+            log_p = (z_target - (here.log_norm + here.log_top)) + here.log_top
+            values["cross_entropy"] = -(target.weights * log_p).sum(-1)
+        direction = None
+        if self.bound in ("centroid", "covariance") and target is not None and self.features is not None:
+            direction = self._means(target, here, self.features, values)
+        if "emd" in weights and "emd" not in values:
+            values["emd"] = torch.empty_like(here.rest[:, 0])
+        for start in range(0, len(z), half := -(-len(z) // 2)):
+            self._push(slice(start, start + half), here.p, target, direction, log_ratio, values, gradient)
+        if gradient:
+            self._finish(here, target, r, capped)
+        return values, here.p
+
+    def _reference(self, part: slice) -> tuple[Tensor | None, _Softmax | None]:
+        """Logits of the reference [t, V], and p_ref: in a buffer of its own where its divergence has a gradient."""
+        if self.reference is None:
+            return None, None
+        logits = self._logits(self.reference[part], self.reference_head, "reference")
+        spare = "logits" if self.low == self.work else "logits wide"
+        return logits, self._softmax(logits, "r" if "kl" in self.terms else spare)
 
     def _target(self, part: slice) -> Target:
         assert self.target is not None
         return Target(self.target.ids[part], self.target.weights[part].to(self.work))
 
-    def _emd(self, part: slice, here: _Softmax, values: dict[Term, Tensor]) -> tuple[Tensor, Tensor]:
-        """Values of the bound; minus its slope in p [t, V], times its weight, and the mean of that under p [t, 1]."""
-        target, weight = self._target(part), self.terms.get("emd") or 1.0
-        # The logits are not needed any more, unless their soft cap is.
-        out = self._buffer("logits" if self.head.soft_cap is None else "slope", len(here.p), self.low)
-        if self.bound in ("centroid", "covariance") and isinstance(self.cost, DenseCost):
-            direction, mu_p = self._means(target, here, self.cost.features, values)
-            direction = (direction * weight).to(self.low)
-            torch.mm(direction, self.cost.features.T, out=out)
-            return self._converted("slope wide", out, self.work), (direction * mu_p).sum(-1, keepdim=True)
-        slope = self._converted("slope wide", self._costs(target, out, -weight), self.work)
-        mean = _dot(here.p, slope)
-        values["emd"] = mean / -weight
-        return slope, mean[:, None]
+    def _push(
+        self,
+        rows: slice,
+        whole: Tensor,
+        target: Target | None,
+        direction: Tensor | None,
+        log_ratio: Tensor | None,
+        values: dict[Term, Tensor],
+        gradient: bool,
+    ) -> None:
+        """Turn these rows of p into their part of dL/dz; with a cost linear in p, their value of the bound too."""
+        p, weights = whole[rows], self.terms
+        pushed: Tensor | None = None
+        if "emd" in weights and target is not None and (direction is None or (weights["emd"] and gradient)):
+            weight = weights["emd"] or 1.0
+            dense = self.features is not None
+            out = self._buffer("half" if dense else "half wide", len(p), self.low if dense else self.work)
+            if direction is not None and self.features is not None:
+                torch.mm((direction[rows] * weight).to(self.low), self.features.T, out=out)
+            else:
+                self._costs(Target(target.ids[rows], target.weights[rows]), out, -weight)
+            pushed = self._converted("half wide", out, self.work).mul_(p)
+            if direction is None:
+                values["emd"][rows] = pushed.sum(-1) / -weight
+            pushed = pushed if weights["emd"] else None
+        if not gradient:
+            return
+        if weights.get("reverse_kl") and log_ratio is not None:
+            divergence = log_ratio[rows].mul_(weights["reverse_kl"])
+            pushed = divergence if pushed is None else pushed.add_(divergence)
+        share = weights.get("cross_entropy", 0.0) + weights.get("kl", 0.0)
+        if pushed is None:
+            p.mul_(share)
+        else:
+            p.mul_(share - pushed.sum(-1, keepdim=True)).add_(pushed)
 
-    def _costs(self, target: Target, out: Tensor, scale: float) -> Tensor:
-        """scale * c [t, V] of the bounds that are linear in p: C_ix, sum_j q_j C_ij, or min_j C_ij over the support."""
+    def _costs(self, target: Target, out: Tensor, scale: float) -> None:
+        """scale * c [t, V] of bounds linear in p, into `out`: C_ix, sum_j q_j C_ij, or min_j C_ij over the support."""
         ids, weights = target.ids, target.weights
         if self.bound == "upper" and isinstance(self.cost, DenseCost) and ids.shape[1] > 1:
             mean = (weights[..., None] * self.cost.features[ids]).sum(1).to(self.low)
-            return torch.addmm(out.new_full((1, 1), scale), mean, self.cost.features.T, alpha=-scale, out=out)
+            torch.addmm(out.new_full((1, 1), scale), mean, self.cost.features.T, alpha=-scale, out=out)
+            return
         nearest, never = (torch.maximum, -torch.inf) if scale < 0 else (torch.minimum, torch.inf)
-        total: Tensor | None = None
-        for token, weight in zip(ids.T, weights.T[..., None], strict=True):
-            row = self.cost.rows(token, scale, out if total is None else self._buffer("row", len(ids), out.dtype))
+        for column, (token, weight) in enumerate(zip(ids.T, weights.T[..., None], strict=True)):
+            row = self.cost.rows(token, scale, self._buffer("row", len(ids), out.dtype) if column else out)
             if self.bound == "upper":
-                total = row.mul_(weight) if total is None else total.addcmul_(row, weight.to(row.dtype))
+                row.mul_(weight)
             elif ids.shape[1] > 1:
                 row.masked_fill_(weight == 0, never)
-                total = row if total is None else nearest(total, row, out=total)
-        return row if total is None else total
+            if column:
+                out.add_(row) if self.bound == "upper" else nearest(out, row, out=out)
 
-    def _means(
-        self, target: Target, here: _Softmax, features: Tensor, values: dict[Term, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Values of the bounds on means; minus their gradient with respect to mu_p, and mu_p, [t, k] each.
+    def _means(self, target: Target, here: _Softmax, features: Tensor, values: dict[Term, Tensor]) -> Tensor:
+        """Values of the bounds on means; minus their gradient with respect to mu_p, [t, k].
 
         With s^2 = 1 - |mu|^2: centroid |mu_p - mu_q|^2 / 2, and covariance is that plus (s_p - s_q)^2 / 2.
         """
         f_top, support = (features[ids].to(self.work) for ids in (here.top[:, 0], target.ids))
         p_top = here.p.gather(1, here.top)
         centred = self._converted("low", here.p.scatter_(1, here.top, -here.rest), self.low)
-        delta = torch.mm(centred, features).to(self.work)  # mu_p - f_top
+        delta = torch.mm(features.T, centred.T).T.to(self.work)  # mu_p - f_top
         here.p.scatter_(1, here.top, p_top)
         mu_p, mu_q = f_top + delta, (target.weights[..., None] * support).sum(1)
         apart = delta + (f_top - mu_q)
         values["emd"] = apart.square().sum(-1) / 2
-        direction = -apart
-        if self.bound == "covariance":
-            spread_p = (-2 * (f_top * delta).sum(-1) - delta.square().sum(-1)).clamp(min=_NO_SPREAD).sqrt()
-            spread_q = (target.weights * (support - mu_q[:, None]).square().sum(-1)).sum(-1).sqrt()
-            values["emd"] += (spread_p - spread_q).square() / 2
-            values["interval"] = spread_p * spread_q
-            direction = mu_q - (spread_q / spread_p)[:, None] * mu_p
-        return direction, mu_p
+        if self.bound == "centroid":
+            return -apart
+        spread_p = (-2 * (f_top * delta).sum(-1) - delta.square().sum(-1)).clamp(min=_NO_SPREAD).sqrt()
+        spread_q = (target.weights * (support - mu_q[:, None]).square().sum(-1)).sum(-1).sqrt()
+        values["emd"] += (spread_p - spread_q).square() / 2
+        values["interval"] = spread_p * spread_q
+        return mu_q - (spread_q / spread_p)[:, None] * mu_p
 
-    def _dz(
-        self, part: slice, z: Tensor, here: _Softmax, slope: Tensor | None, mean: Tensor, r: _Softmax | None
-    ) -> Tensor:
-        """dL/dz [t, V]: p (slope - mean) of the terms in p, p - q of the cross-entropy, p - p_ref of the divergence."""
-        dz = None if slope is None else slope.sub_(mean).mul_(here.p)
-        cross, kl = self.terms.get("cross_entropy", 0.0), self.terms.get("kl", 0.0)
-        if dz is None:
-            dz = here.p.mul_(cross + kl)
-        elif cross + kl:
-            dz.add_(here.p, alpha=cross + kl)
-        if cross:
-            target = self._target(part)
+    def _finish(self, here: _Softmax, target: Target | None, r: _Softmax | None, capped: Tensor | None) -> None:
+        """What is left of dL/dz: the targets, the top entry as minus the sum of the others, and the soft cap."""
+        dz, cross, kl = here.p, self.terms.get("cross_entropy", 0.0), self.terms.get("kl", 0.0)
+        if cross and target is not None:
             dz.scatter_add_(1, target.ids, target.weights * -cross)
         if kl and r is not None:
             dz.sub_(r.p, alpha=kl)
         dz.scatter_(1, here.top, 0)
         dz.scatter_(1, here.top, -dz.sum(-1, keepdim=True))
-        if self.head.soft_cap is not None:
-            dz.mul_(z.div_(self.head.soft_cap).square_().neg_().add_(1))
-        return dz
+        if capped is not None and self.head.soft_cap is not None:
+            dz.mul_(capped.div_(self.head.soft_cap).square_().neg_().add_(1))
 
     def to_hidden(self, dz: Tensor) -> Tensor:
         """dL/dh [t, d] from dL/dz."""
-        return torch.mm(self._converted("low", dz, self.low), self.head.weight).mul_(self.head.scale)
+        return torch.mm(self.head.weight.T, self._converted("low", dz, self.low).T).T.mul_(self.head.scale)
 
     def to_weight(self, dz: Tensor, part: slice) -> Tensor:
         """The chunk's part of dL/dW, [V, d]."""
         return torch.mm(self._converted("low", dz, self.low).T, self.hidden[part]).mul_(self.head.scale)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row, [t, V] and [t, V] to [t], without a product [t, V]."""
-    return torch.bmm(a[:, None], b[:, :, None])[:, 0, 0]
+def _argmax(p: Tensor) -> Tensor:
+    """Index of the largest entry of every row, [t, V] to [t, 1]: of its block first, which is much faster on a CPU."""
+    rows, vocab = p.shape
+    width = math.isqrt(vocab)
+    whole = vocab // width * width
+    blocks = p.T[:whole].reshape(-1, width, rows)
+    block = blocks.amax(1).argmax(0)
+    found = block * width + blocks[block, :, torch.arange(rows, device=p.device)].argmax(1)
+    if whole < vocab:
+        value, index = p[:, whole:].max(-1)
+        found = torch.where(value > p.gather(1, found[:, None])[:, 0], index + whole, found)
+    return found[:, None]
