@@ -489,3 +489,28 @@ def test_losses_are_the_same_without_gradients() -> None:
     expected = torch.nn.functional.cross_entropy(hidden @ weight.T, ids)
     with torch.inference_mode():
         torch.testing.assert_close(linear_cross_entropy(hidden, weight, ids), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize("head_trains", [False, True])
+@pytest.mark.parametrize(("bound", "kind", "shape"), POSSIBLE)
+def test_a_gpu_gives_what_the_formula_gives(
+    bound: Bound, kind: str, shape: str, head_trains: bool, anchored: bool, dtype: torch.dtype
+) -> None:
+    scaled = (_normal(T, D) / D**0.5, _normal(V, D), _normal(T, D, seed=2) / D**0.5)
+    inputs = [each.to(dtype).double() for each in scaled]
+    target, cost = _target(shape), _cost(kind)
+    if isinstance(cost, DenseCost):
+        cost = DenseCost(cost.features.to(dtype).double())
+    results = []
+    for exact in (False, True):
+        hidden, weight, reference = (each.clone() if exact else each.to("cuda", dtype) for each in inputs)
+        leaves = [hidden.requires_grad_()] + [weight.requires_grad_()] * head_trains
+        q = target if exact else Target(target.ids.cuda(), target.weights.float().cuda())
+        anchor = Anchor(reference, 2.0) if anchored else None
+        loss = linear_emd(hidden, weight, q, cost, bound=bound, anchor=anchor, reduction="none", chunk_tokens=5)
+        results.append([each.cpu() for each in (loss.detach(), *torch.autograd.grad(loss.sum(), leaves))])
+    for mine, right in zip(*results, strict=True):
+        assert _relative(mine, right) < (1e-5 if dtype == torch.float32 else 1e-2)

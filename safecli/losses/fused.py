@@ -387,9 +387,10 @@ class _Chunks:
         return value if value.dtype == dtype else self._buffer(name, len(value), dtype).copy_(value)
 
     def _logits(self, hidden: Tensor, head: Head, name: str) -> Tensor:
-        """Logits [t, V] in the work dtype."""
+        """Logits [t, V] as the product gives them, or in the work dtype where something is done to them."""
         logits = torch.mm(hidden, head.weight.T, out=self._buffer(name, len(hidden), self.low))
-        logits = self._converted(f"{name} wide", logits, self.work)
+        if head.bias is not None or head.scale != 1 or head.soft_cap is not None:
+            logits = self._converted(f"{name} wide", logits, self.work)
         if head.bias is not None:
             logits.add_(head.bias)
         if head.scale != 1:
@@ -399,14 +400,15 @@ class _Chunks:
         return logits
 
     def _softmax(self, logits: Tensor, name: str | None = None) -> _Softmax:
-        """The softmax of logits [t, V], in their own buffer or in that of a name."""
+        """The softmax of logits [t, V] in the work dtype, in their own buffer or in that of a name."""
         top = _argmax(logits)
-        z_top = logits.gather(1, top)
-        p = logits if name is None else self._buffer(name, len(logits), self.work)
+        z_top = logits.gather(1, top).to(self.work)
+        own = name is None and logits.dtype == self.work
+        p = logits if own else self._buffer(name or "p", len(logits), self.work)
         if p.stride(1) == 1:
-            torch.softmax(logits, 1, out=p)
+            torch.softmax(logits, 1, dtype=self.work, out=p)
         else:
-            torch.softmax(logits.T, 0, out=p.T)
+            torch.softmax(logits.T, 0, dtype=self.work, out=p.T)
         p_top = p.gather(1, top)
         rest = p.scatter_(1, top, 0).sum(-1, keepdim=True)
         p.scatter_(1, top, p_top)
@@ -422,10 +424,12 @@ class _Chunks:
         weights, values = self.terms, dict[Term, Tensor]()
         reference, r = self._reference(part)
         z = self._logits(self.hidden[part], self.head, "logits")
+        if reference is not None:
+            reference = self._converted("reference wide", reference, self.work)
         log_ratio = None if reference is None else torch.sub(z, reference, out=reference)
         capped = None if self.head.soft_cap is None else self._buffer("capped", len(z), self.work).copy_(z)
         target = None if self.target is None else self._target(part)
-        z_target = None if target is None else z.gather(1, target.ids)
+        z_target = None if target is None else z.gather(1, target.ids).to(self.work)
         here = self._softmax(z)
         if log_ratio is not None and r is not None:
             log_ratio.add_(r.log_norm - here.log_norm)
@@ -453,7 +457,7 @@ class _Chunks:
         if self.reference is None:
             return None, None
         logits = self._logits(self.reference[part], self.reference_head, "reference")
-        spare = "logits" if self.low == self.work else "logits wide"
+        spare = "logits" if self.low == self.work else "p"
         return logits, self._softmax(logits, "r" if "kl" in self.terms else spare)
 
     def _target(self, part: slice) -> Target:
@@ -481,7 +485,9 @@ class _Chunks:
                 torch.mm((direction[rows] * weight).to(self.low), self.features.T, out=out)
             else:
                 self._costs(Target(target.ids[rows], target.weights[rows]), out, -weight)
-            pushed = self._converted("half wide", out, self.work).mul_(p)
+            pushed = torch.mul(
+                out, p, out=out if out.dtype == self.work else self._buffer("half wide", len(p), self.work)
+            )
             if direction is None:
                 values["emd"][rows] = pushed.sum(-1) / -weight
             pushed = pushed if weights["emd"] else None
@@ -494,7 +500,7 @@ class _Chunks:
         if pushed is None:
             p.mul_(share)
         else:
-            p.mul_(share - pushed.sum(-1, keepdim=True)).add_(pushed)
+            torch.addcmul(pushed, p, share - pushed.sum(-1, keepdim=True), out=p)
 
     def _costs(self, target: Target, out: Tensor, scale: float) -> None:
         """scale * c [t, V] of bounds linear in p, into `out`: C_ix, sum_j q_j C_ij, or min_j C_ij over the support."""
