@@ -425,6 +425,69 @@ def bench_eval(
     with_errors(run, debug=False)
 
 
+@bench_app.command("loss")
+def bench_loss(
+    size: Annotated[
+        list[str] | None, typer.Option(help="T,V,d,k; repeatable.", show_default="512,49152,576,576")
+    ] = None,
+    bound: Annotated[
+        list[str] | None,
+        typer.Option(help="exact, centroid, covariance or cross_entropy; repeatable.", show_default="all of them"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
+    exponents: Annotated[bool, typer.Option("--exponents", help="Fit how time grows with T, V and d + k.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Time the losses, forward plus backward, against their bare products and plain PyTorch, with peak memory."""
+
+    def run() -> None:
+        from safecli.bench import loss as bench
+        from safecli.console import TerminalReporter, print_json, print_rows
+
+        report = TerminalReporter()
+        try:
+            bounds = bench.known_bounds(bound)
+            if exponents:
+                rows = bench.exponents(bounds, device, dtype, report)
+            else:
+                rows = bench.loss(bench.sizes(size), bounds, device, dtype, report)
+        finally:
+            report.close()
+        if json:
+            print_json(rows)
+        else:
+            print_rows("loss", rows)
+
+    with_errors(run, debug=False)
+
+
+@bench_app.command("bounds")
+def bench_bounds(
+    cost: Annotated[str, typer.Option(help="Cost backend with features.")] = "token",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Print how tight the bounds of the EMD are, and the error of fewer features, on the demo model."""
+
+    def run() -> None:
+        from safecli.bench.bounds import bounds
+        from safecli.console import TerminalReporter, print_json, print_rows
+
+        report = TerminalReporter()
+        try:
+            found = bounds(cost, device, report)
+        finally:
+            report.close()
+        if json:
+            print_json(found)
+            return
+        print_rows("bound over EMD, median", found["tightness"])
+        print_rows("error of EMD with k directions", found["pca"])
+
+    with_errors(run, debug=False)
+
+
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders that hold an evaluation.", show_default=False)],

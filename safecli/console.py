@@ -87,6 +87,19 @@ def print_pairs(title: str, pairs: Mapping[str, Any]) -> None:
     Console(highlight=False).print(table)
 
 
+def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    """Rows of the same names as a table on stdout, numbers to four digits."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    shown = [[_short(row.get(name)) for name in names] for row in rows]
+    print_table(title, [name.replace("_", " ") for name in names], shown)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_short, value))
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on stdout."""
     table = Table(*columns, title=title, title_justify="left")

@@ -18,9 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from safecli.config import CAREFUL, TrainOptions
 from safecli.costs import DenseCost
 from safecli.errors import InputError, UsageError
-from safecli.losses import emd
+from safecli.losses import Head, Target, emd
 from safecli.models import LanguageModel
 from safecli.records import Response
+from safecli.stages import train
 from safecli.stages.batches import (
     Collator,
     Example,
@@ -217,7 +218,7 @@ def cost(tiny: LanguageModel) -> DenseCost:
 
 def _training(tiny: LanguageModel, cost: DenseCost, folder: Path, **chosen: Any) -> TaSftTrainer:
     """The trainer as `safecli train` sets it up, on a fresh LoRA adapter that isn't zero."""
-    options = with_recipe(TrainOptions(steps=1, lora_rank=2, **chosen))
+    options = with_recipe(TrainOptions(**{"steps": 1, "lora_rank": 2, **chosen}))
     made = examples(RESPONSES, tiny, options)
     kinds = {"general": made, "unsafe": made[::-1], "safe": made[1:3]}
     torch.manual_seed(1)
@@ -283,3 +284,40 @@ def test_the_loss_is_the_formula_on_every_example_by_itself(
             own = predicted(safe.prompt, safe.answer)
             expected -= options.safe_weight * own[torch.arange(len(safe.answer)), safe.answer].mean()
     torch.testing.assert_close(found.double().detach(), expected / 4, atol=1e-4, rtol=1e-4)
+
+
+def _plain_losses(
+    hidden: Tensor,
+    head: Head,
+    terms: dict[str, float],
+    target: Target,
+    cost: DenseCost | None = None,
+    *_: Any,
+    **given: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What `linear_losses` is for one-hot targets, as the formulas read, in float64 and with autograd."""
+    reference = given.get("reference", _[-1] if _ else None)
+    log_p, log_ref = ((h.double() @ head.weight.double().T).log_softmax(-1) for h in (hidden, reference.hidden))
+    ids = target.ids[:, 0]
+    values = {
+        "cross_entropy": -log_p.gather(1, target.ids)[:, 0],
+        "reverse_kl": (log_p.exp() * (log_p - log_ref)).sum(-1),
+    }
+    if cost is not None:
+        values["emd"] = (log_p.exp() * cost.rows(ids).double()).sum(-1)
+    values = {name: values[name] for name in terms}
+    return sum((-w if name == "emd" else w) * values[name] for name, w in terms.items()), values
+
+
+def test_training_follows_the_curve_of_the_reference(
+    tiny: LanguageModel, cost: DenseCost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves = []
+    for name, losses in (("operator", train.linear_losses), ("reference", _plain_losses)):
+        monkeypatch.setattr(train, "linear_losses", losses)
+        trainer = _training(tiny, cost, tmp_path / name, steps=20, batch_size=2)
+        trainer.train()
+        curves.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert len(curves[0]) == 20
+    assert curves[0][-1] < curves[0][0] - 1
+    torch.testing.assert_close(*map(torch.tensor, curves), atol=1e-4, rtol=1e-4)

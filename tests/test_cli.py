@@ -252,3 +252,23 @@ def test_a_completion_script_is_produced(shell: str) -> None:
         environment = os.environ | words | {"_SAFECLI_COMPLETE": f"complete_{shell}"}
         found = subprocess.run([command], env=environment, capture_output=True, text=True)
         assert found.stdout.split() == ["train"]
+
+
+def test_the_loss_is_timed_against_its_products_and_its_memory_is_known(run_cli: Callable[..., Result]) -> None:
+    size = ("--size", "64,4096,32,16")
+    result = run_cli("bench", "loss", *size, "--bound", "exact", "--bound", "cross_entropy", "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert [row["bound"] for row in rows] == ["exact", "cross_entropy"]
+    named = {"device", "dtype", "T", "V", "d", "k", "bound", "seconds", "floor_ratio", "plain_ratio", "extra_bytes"}
+    for row in rows:
+        assert named | {"plain_extra_bytes"} <= set(row)
+        assert row["floor_ratio"] > 0
+        assert 0 < row["extra_bytes"] < 1 << 30
+
+
+@pytest.mark.parametrize("wrong", [("--size", "1,2,3"), ("--size", "0,1,1,1"), ("--bound", "exakt")])
+def test_a_benchmark_that_there_is_not_is_a_usage_error(run_cli: Callable[..., Result], wrong: tuple[str, str]) -> None:
+    result = run_cli("bench", "loss", *wrong)
+    assert result.exit_code == 2
+    assert wrong[1] in result.stderr

@@ -1,5 +1,6 @@
 """The chunked operator against the formulas of `emd`: values, gradients, chunks, and what it refuses."""
 
+import doctest
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -355,6 +356,22 @@ def test_float32_is_right_where_the_model_is_nearly_sure(bound: Bound, shape: st
     assert gradient.isfinite().all()
     for mine, right in zip(gradient, formula, strict=True):
         assert float((mine.double() - right).norm()) <= 1e-4 * float(right.norm()) + 1e-36
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+def test_with_onehot_targets_all_but_centroid_are_equal(dtype: torch.dtype, tolerance: float) -> None:
+    hidden, weight = (each.detach().to(dtype) for each in _inputs())
+    cost = _cost("dense").to(CPU, dtype)
+    exact, *others = (
+        linear_emd(hidden, weight, torch.arange(T), cost, bound=bound, reduction="none")
+        for bound in ("exact", "covariance", "relaxed", "upper")
+    )
+    for other in others:
+        torch.testing.assert_close(other, exact, rtol=tolerance, atol=tolerance)
+
+
+def test_the_example_of_the_docstring_runs() -> None:
+    assert doctest.testmod(sys.modules[linear_emd.__module__]) == (0, 5)
 
 
 def test_how_fast_the_gradient_vanishes_where_the_model_is_sure() -> None:

@@ -22,13 +22,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from safecli.costs import DenseCost
+from safecli.errors import UsageError
 from safecli.losses import linear_cross_entropy, linear_emd
 from safecli.stages import Reporter
 
 RUNS = 7
 PLAIN_LIMIT = 6 << 30
 """Plain PyTorch is left out where its tensors [T, V] alone take more bytes than this on a CPU."""
-MIB = 1 << 20
+DEFAULT = "512,49152,576,576"
+BOUNDS = ("exact", "centroid", "covariance", "cross_entropy")
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,26 @@ def loss(
                 f"{bound} at T={case.T} V={case.V} d={case.d} k={case.k}: {rows[-1]['floor_ratio']:.2f} x the floor"
             )
     return rows
+
+
+def sizes(texts: Sequence[str] | None) -> list[tuple[int, int, int, int]]:
+    """`T,V,d,k` as numbers; `UsageError` for anything else."""
+    found = []
+    for text in texts or [DEFAULT]:
+        numbers = text.split(",")
+        if len(numbers) != 4 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
+            raise UsageError(f"--size {text}: write T,V,d,k, such as {DEFAULT}")
+        T, V, d, k = map(int, numbers)
+        found.append((T, V, d, k))
+    return found
+
+
+def known_bounds(names: Sequence[str] | None) -> list[str]:
+    """The losses to time; `UsageError` for a name that there isn't."""
+    for name in names or ():
+        if name not in BOUNDS:
+            raise UsageError(f"--bound {name}: valid: {', '.join(BOUNDS)}")
+    return list(names or BOUNDS)
 
 
 def exponents(bounds: Sequence[str], device: str, dtype: str, report: Reporter) -> list[dict[str, Any]]:
