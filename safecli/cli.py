@@ -436,6 +436,7 @@ def bench_loss(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
+    compiled: Annotated[bool, typer.Option("--compiled", help="Let torch.compile fuse the passes of ours.")] = False,
     exponents: Annotated[bool, typer.Option("--exponents", help="Fit how time grows with T, V and d + k.")] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -451,7 +452,7 @@ def bench_loss(
             if exponents:
                 rows = bench.exponents(bounds, device, dtype, report)
             else:
-                rows = bench.loss(bench.sizes(size), bounds, device, dtype, report)
+                rows = bench.loss(bench.sizes(size), bounds, device, dtype, report, compiled)
         finally:
             report.close()
         if json:

@@ -1,6 +1,7 @@
 """The chunked operator against the formulas of `emd`: values, gradients, chunks, and what it refuses."""
 
 import doctest
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from safecli.losses import (
     Head,
     Reference,
     Target,
+    compiled,
     emd,
     linear_cross_entropy,
     linear_emd,
@@ -508,6 +510,34 @@ def test_losses_are_the_same_without_gradients() -> None:
         torch.testing.assert_close(linear_cross_entropy(hidden, weight, ids), expected)
 
 
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize(("bound", "kind", "shape"), POSSIBLE)
+def test_what_is_compiled_gives_the_same(
+    bound: Bound, kind: str, shape: str, anchored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "functions", lambda: (compiled.centred, compiled.gradient))  # the arithmetic alone
+    cost, target, head = _cost(kind), _target(shape), Head(_normal(V, D), soft_cap=2.0)
+    anchor = Anchor(_normal(T, D, seed=2), 2.0) if anchored else None
+    results = []
+    for fuse in (False, True):
+        hidden, _ = _inputs()
+        loss = linear_emd(hidden, head, target, cost, bound=bound, anchor=anchor, chunk_tokens=5, compiled=fuse)
+        results.append((loss.detach(), *torch.autograd.grad(loss, hidden)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_all_terms_compiled_are_the_same() -> None:
+    terms = {"cross_entropy": 0.7, "kl": 0.3, "reverse_kl": 0.5, "emd": 2.0, "interval": 0.0}
+    reference, cost, target = Reference(_normal(T, D, seed=2)), _cost("dense"), _target("soft")
+    results = []
+    for fuse in (False, True):
+        hidden, weight = _inputs(head_trains=True)
+        loss, values = linear_losses(hidden, weight, terms, target, cost, reference=reference, compiled=fuse)
+        results.append((loss.detach(), values, torch.autograd.grad(loss.sum(), [hidden, weight])))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("anchored", [False, True])
@@ -531,3 +561,19 @@ def test_a_gpu_gives_what_the_formula_gives(
         results.append([each.cpu() for each in (loss.detach(), *torch.autograd.grad(loss.sum(), leaves))])
     for mine, right in zip(*results, strict=True):
         assert _relative(mine, right) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("bound", "anchored"), [("exact", False), ("covariance", False), ("exact", True)])
+def test_a_gpu_gives_the_same_when_compiled(bound: Bound, anchored: bool) -> None:
+    hidden, weight, reference = (_normal(*shape).to("cuda", torch.bfloat16) for shape in ((T, D), (V, D), (T, D)))
+    target = Target(_target("soft").ids.cuda(), _target("soft").weights.float().cuda())
+    ids = target.ids[:, 0] if bound == "exact" else target
+    anchor = Anchor(reference + 1, 2.0) if anchored else None
+    results = []
+    for fuse in (False, True):
+        leaf = hidden.clone().requires_grad_()
+        loss = linear_emd(leaf, weight, ids, _cost("dense").to(CPU), bound=bound, anchor=anchor, compiled=fuse)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for mine, right in zip(*results, strict=True):
+        assert _relative(mine, right.double()) < 1e-2

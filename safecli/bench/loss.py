@@ -44,6 +44,7 @@ class Case:
     d: int
     k: int
     bound: str
+    compiled: bool = False
 
 
 Sides = dict[str, Callable[[], object]]
@@ -55,7 +56,7 @@ def loss(
     device: str,
     dtype: str,
     report: Reporter,
-    runs: int = RUNS,
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
     """A row for every size (T, V, d, k) and bound: forward plus backward, the median of interleaved runs.
 
@@ -65,9 +66,9 @@ def loss(
     rows = []
     for size in sizes:
         for bound in bounds:
-            case = Case(device, dtype, *size, bound)
+            case = Case(device, dtype, *size, bound, compiled)
             seconds = {
-                name: statistics.median(times) for name, times in _interleaved(_sides(case), device, runs).items()
+                name: statistics.median(times) for name, times in _interleaved(_sides(case), device, RUNS).items()
             }
             ours = seconds.pop("ours")
             rows.append(
@@ -174,7 +175,7 @@ def _inputs(case: Case) -> _Inputs:
 
 def _sides(case: Case) -> Sides:
     given = _inputs(case)
-    sides: Sides = {"ours": lambda: _ours(given, case.bound), "floor": _floor(given, case.bound)}
+    sides: Sides = {"ours": lambda: _ours(given, case.bound, case.compiled), "floor": _floor(given, case.bound)}
     if case.device != "cpu" or 5 * 4 * case.T * case.V < PLAIN_LIMIT:
         sides["plain"] = lambda: _plain(given, case.bound)
         if case.bound == "exact" and importlib.util.find_spec("emo"):
@@ -184,11 +185,12 @@ def _sides(case: Case) -> Sides:
     return sides
 
 
-def _ours(given: _Inputs, bound: str) -> Tensor:
+def _ours(given: _Inputs, bound: str, compiled: bool = False) -> Tensor:
     if bound == "cross_entropy":
-        found = linear_cross_entropy(given.hidden, given.weight, given.ids)
+        found = linear_cross_entropy(given.hidden, given.weight, given.ids, compiled=compiled)
     else:
-        found = linear_emd(given.hidden, given.weight, given.ids, DenseCost(given.features), bound=bound)  # type: ignore[arg-type]
+        cost = DenseCost(given.features)
+        found = linear_emd(given.hidden, given.weight, given.ids, cost, bound=bound, compiled=compiled)  # type: ignore[arg-type]
     return torch.autograd.grad(found, given.hidden)[0]
 
 

@@ -113,6 +113,7 @@ def linear_emd(
     reduction: Reduction = "mean",
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     r"""Minus a bound of the Earth Mover Distance between softmax(hidden W') and the targets: minimising pushes away.
 
@@ -135,6 +136,8 @@ def linear_emd(
     token_weight : [T], the weight of each position
     reduction : `mean` is sum(w L) / sum(w) over positions that count, 0 where none does; `sum`; or `none`: [T]
     ignore_index : a position with this target counts for nothing
+    chunk_tokens : positions at a time; by itself as many as `BUDGET` allows
+    compiled : let `torch.compile` fuse what lies between the products; needs a compiler, and pays on GPUs
 
     Returns
     -------
@@ -164,7 +167,16 @@ def linear_emd(
     terms: dict[Term, float] = {"emd": 1.0} if anchor is None else {"reverse_kl": 1.0, "emd": anchor.strength}
     reference = Reference(anchor.hidden, anchor.head) if anchor else None
     loss, _ = linear_losses(
-        hidden, weight, terms, target, cost, bound, reference, ignore_index=ignore_index, chunk_tokens=chunk_tokens
+        hidden,
+        weight,
+        terms,
+        target,
+        cost,
+        bound,
+        reference,
+        ignore_index=ignore_index,
+        chunk_tokens=chunk_tokens,
+        compiled=compiled,
     )
     return _reduced(loss, token_weight, reduction, _counts(target, ignore_index))
 
@@ -178,11 +190,18 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Cross-entropy -sum_j q_j log p_j of softmax(hidden W') with targets; arguments and returns as in `linear_emd`."""
     target = targets if isinstance(targets, Target) else onehot(targets)
     loss, _ = linear_losses(
-        hidden, weight, {"cross_entropy": 1.0}, target, ignore_index=ignore_index, chunk_tokens=chunk_tokens
+        hidden,
+        weight,
+        {"cross_entropy": 1.0},
+        target,
+        ignore_index=ignore_index,
+        chunk_tokens=chunk_tokens,
+        compiled=compiled,
     )
     return _reduced(loss, token_weight, reduction, _counts(target, ignore_index))
 
@@ -196,11 +215,12 @@ def linear_kl(
     token_weight: Tensor | None = None,
     reduction: Reduction = "mean",
     chunk_tokens: int | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """KL(p_ref || p), or KL(p || p_ref) with `reverse`; arguments and returns as in `linear_emd`."""
     anchor = reference if isinstance(reference, Reference) else Reference(reference)
     terms: dict[Term, float] = {"reverse_kl" if reverse else "kl": 1.0}
-    loss, _ = linear_losses(hidden, weight, terms, reference=anchor, chunk_tokens=chunk_tokens)
+    loss, _ = linear_losses(hidden, weight, terms, reference=anchor, chunk_tokens=chunk_tokens, compiled=compiled)
     return _reduced(loss, token_weight, reduction, torch.ones(len(hidden), dtype=torch.bool, device=hidden.device))
 
 
@@ -227,6 +247,7 @@ def linear_losses(
     *,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, dict[Term, Tensor]]:
     """Several losses in one pass over the chunks: their weighted sum at each position, and each of them, all [T].
 
@@ -245,11 +266,13 @@ def linear_losses(
     whole = len(hidden)
     kept = _counts(target, ignore_index).nonzero()[:, 0] if target is not None else None
     if kept is None or len(kept) == whole:
-        return _apply(hidden, head, _Losses(dict(terms), target, cost, bound, reference, chunk_tokens))
+        return _apply(hidden, head, _Losses(dict(terms), target, cost, bound, reference, chunk_tokens, compiled))
     assert target is not None
     if reference is not None:
         reference = Reference(reference.hidden[kept], reference.head)
-    losses = _Losses(dict(terms), Target(target.ids[kept], target.weights[kept]), cost, bound, reference, chunk_tokens)
+    losses = _Losses(
+        dict(terms), Target(target.ids[kept], target.weights[kept]), cost, bound, reference, chunk_tokens, compiled
+    )
     loss, values = _apply(hidden[kept], head, losses)
 
     def spread(part: Tensor) -> Tensor:
@@ -279,6 +302,7 @@ class _Losses:
     bound: Bound | None
     reference: Reference | None
     chunk_tokens: int | None
+    compiled: bool
     values: dict[Term, Tensor] = field(default_factory=dict)
 
 
@@ -345,7 +369,8 @@ class _Chunks:
         self.low = torch.get_autocast_dtype(self.device.type) if autocast else head.weight.dtype
         self.work = torch.promote_types(self.low, torch.float32)
         self.hidden, self.head = hidden.detach().to(self.low), self._lowered(head)
-        self.terms, self.target, self.bound = losses.terms, losses.target, losses.bound
+        self.terms, self.target, self.compiled = losses.terms, losses.target, losses.compiled
+        self.bound, self.on_means = losses.bound, losses.bound in ("centroid", "covariance")
         if losses.cost is not None:
             dense = isinstance(losses.cost, DenseCost)
             self.cost = losses.cost.to(self.device, self.low if dense else self.work)
@@ -365,6 +390,8 @@ class _Chunks:
         """Positions whose buffers fit in the budget: a multiple of 16, at which products are fastest."""
         buffers = 1.5 + (self.reference is not None) + ("kl" in self.terms)
         item = buffers * self.work.itemsize + (0 if self.low == self.work else buffers * self.low.itemsize)
+        if self.compiled:
+            item = 4 * self.low.itemsize
         fitting = int(BUDGET.get(self.device.type, BUDGET["cpu"]) / (len(self.head.weight) * item))
         return max(16, fitting // 16 * 16)
 
@@ -421,6 +448,8 @@ class _Chunks:
         A loss L(p) has dL/dz = p (l - sum(p l)) with l = dL/dp. What is pushed, p l, is made for half of the chunk at
         a time. Cross-entropy and `kl` add p - q and p - p_ref.
         """
+        if self.compiled:
+            return self._compute_compiled(part)
         weights, values = self.terms, dict[Term, Tensor]()
         reference, r = self._reference(part)
         z = self._logits(self.hidden[part], self.head, "logits")
@@ -442,8 +471,11 @@ class _Chunks:
             log_p = (z_target - (here.log_norm + here.log_top)) + here.log_top
             values["cross_entropy"] = -(target.weights * log_p).sum(-1)
         direction = None
-        if self.bound in ("centroid", "covariance") and target is not None and self.features is not None:
-            direction = self._means(target, here, self.features, values)
+        if self.on_means and target is not None and self.features is not None:
+            p_top = here.p.gather(1, here.top)
+            centred = self._converted("low", here.p.scatter_(1, here.top, -here.rest), self.low)
+            direction = self._means(target, here.top[:, 0], centred, self.features, values)
+            here.p.scatter_(1, here.top, p_top)
         if "emd" in weights and "emd" not in values:
             values["emd"] = torch.empty_like(here.rest[:, 0])
         for start in range(0, len(z), half := -(-len(z) // 2)):
@@ -451,6 +483,33 @@ class _Chunks:
         if gradient:
             self._finish(here, target, r, capped)
         return values, here.p
+
+    def _compute_compiled(self, part: slice) -> tuple[dict[Term, Tensor], Tensor]:
+        """The same as `compute`, with what lies between the products compiled into few passes."""
+        from safecli.losses.compiled import functions
+
+        centred, gradient = functions()
+        weight, values = self.terms.get("emd") or 1.0, dict[Term, Tensor]()
+        z = self._logits(self.hidden[part], self.head, "logits")
+        reference = pushed = None
+        if self.reference is not None:
+            reference = self._logits(self.reference[part], self.reference_head, "reference")
+        target = None if self.target is None else self._target(part)
+        if "emd" in self.terms and target is not None:
+            pushed = self._buffer("half", len(z), self.low if self.features is not None else self.work)
+            if self.on_means and self.features is not None:
+                made, top = centred(z, self.work)
+                direction = self._means(target, top, made.to(self.low), self.features, values)
+                torch.mm((direction * weight).to(self.low), self.features.T, out=pushed)
+            else:
+                self._costs(target, pushed, -weight)
+        ids, q = (None, None) if target is None else (target.ids, target.weights)
+        dz, found = gradient(z, reference, pushed, ids, q, self.work, self.terms)
+        if "emd" in found:
+            found["emd"] = values.get("emd", found["emd"] / -weight)
+        if self.head.soft_cap is not None:
+            dz.mul_(z.div_(self.head.soft_cap).square_().neg_().add_(1))
+        return {**found, **values}, dz
 
     def _reference(self, part: slice) -> tuple[Tensor | None, _Softmax | None]:
         """Logits of the reference [t, V], and p_ref: in a buffer of its own where its divergence has a gradient."""
@@ -519,16 +578,16 @@ class _Chunks:
             if column:
                 out.add_(row) if self.bound == "upper" else nearest(out, row, out=out)
 
-    def _means(self, target: Target, here: _Softmax, features: Tensor, values: dict[Term, Tensor]) -> Tensor:
+    def _means(
+        self, target: Target, top: Tensor, centred: Tensor, features: Tensor, values: dict[Term, Tensor]
+    ) -> Tensor:
         """Values of the bounds on means; minus their gradient with respect to mu_p, [t, k].
 
-        With s^2 = 1 - |mu|^2: centroid |mu_p - mu_q|^2 / 2, and covariance is that plus (s_p - s_q)^2 / 2.
+        `centred` is p [t, V] with minus the sum of the others at `top`, so that its mean is mu_p - f_top. With
+        s^2 = 1 - |mu|^2: centroid |mu_p - mu_q|^2 / 2, and covariance is that plus (s_p - s_q)^2 / 2.
         """
-        f_top, support = (features[ids].to(self.work) for ids in (here.top[:, 0], target.ids))
-        p_top = here.p.gather(1, here.top)
-        centred = self._converted("low", here.p.scatter_(1, here.top, -here.rest), self.low)
-        delta = torch.mm(features.T, centred.T).T.to(self.work)  # mu_p - f_top
-        here.p.scatter_(1, here.top, p_top)
+        f_top, support = (features[ids].to(self.work) for ids in (top, target.ids))
+        delta = torch.mm(features.T, centred.T).T.to(self.work)
         mu_p, mu_q = f_top + delta, (target.weights[..., None] * support).sum(1)
         apart = delta + (f_top - mu_q)
         values["emd"] = apart.square().sum(-1) / 2
