@@ -160,7 +160,7 @@ def linear_emd(
     >>> axes = DenseCost(torch.eye(4))                 # four tokens, each as far from every other: cost 1
     >>> hidden = torch.tensor([[9.0, 0.0, 0.0, 0.0]], requires_grad=True)
     >>> loss = linear_emd(hidden, torch.eye(4), torch.tensor([0]), axes)
-    >>> round(float(loss), 6)                          # minus the probability of tokens 1 to 3
+    >>> round(loss.item(), 6)                          # minus the probability of tokens 1 to 3
     -0.00037
     """
     target = targets if isinstance(targets, Target) else onehot(targets)
@@ -401,13 +401,13 @@ class _Chunks:
             for start in range(0, len(self.hidden), self.chunk):
                 yield slice(start, min(start + self.chunk, len(self.hidden)))
 
-    def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
+    def _buffer(self, name: str, rows: int, dtype: torch.dtype, columns: int | None = None) -> Tensor:
         """[rows, V], on a CPU with the positions side by side: products with few of them are a fifth faster so."""
-        vocab = len(self.head.weight)
+        columns = columns or len(self.head.weight)
         if name not in self.buffers:
-            self.buffers[name] = torch.empty(rows * vocab, dtype=dtype, device=self.device)
-        flat = self.buffers[name][: rows * vocab]
-        return flat.view(vocab, rows).T if self.device.type == "cpu" else flat.view(rows, vocab)
+            self.buffers[name] = torch.empty(rows * columns, dtype=dtype, device=self.device)
+        flat = self.buffers[name][: rows * columns]
+        return flat.view(columns, rows).T if self.device.type == "cpu" else flat.view(rows, columns)
 
     def _converted(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
         """`value` [t, V] in another dtype, in a buffer of that name; itself where it has that dtype."""
@@ -445,8 +445,9 @@ class _Chunks:
     def compute(self, part: slice, gradient: bool) -> tuple[dict[Term, Tensor], Tensor]:
         """Every term's value [t], and the gradient of their sum with respect to the logits, [t, V].
 
-        A loss L(p) has dL/dz = p (l - sum(p l)) with l = dL/dp. What is pushed, p l, is made for half of the chunk at
-        a time. Cross-entropy and `kl` add p - q and p - p_ref.
+        A loss L(p) has dL/dz = p (l - sum(p l)) with l = dL/dp. What is pushed, p l, is made piece by piece: where its
+        sum is known before, for a quarter of the vocabulary at a time, else for half of the positions. Cross-entropy
+        and `kl` add p - q and p - p_ref.
         """
         if self.compiled:
             return self._compute_compiled(part)
@@ -470,16 +471,22 @@ class _Chunks:
             # z_target - log_norm, without the rounding of z_top where that is the target.
             log_p = (z_target - (here.log_norm + here.log_top)) + here.log_top
             values["cross_entropy"] = -(target.weights * log_p).sum(-1)
-        direction = None
-        if self.on_means and target is not None and self.features is not None:
-            p_top = here.p.gather(1, here.top)
-            centred = self._converted("low", here.p.scatter_(1, here.top, -here.rest), self.low)
-            direction = self._means(target, here.top[:, 0], centred, self.features, values)
-            here.p.scatter_(1, here.top, p_top)
-        if "emd" in weights and "emd" not in values:
+        if "emd" in weights and target is not None and not self.on_means:
             values["emd"] = torch.empty_like(here.rest[:, 0])
-        for start in range(0, len(z), half := -(-len(z) // 2)):
-            self._push(slice(start, start + half), here.p, target, direction, log_ratio, values, gradient)
+            for start in range(0, len(z), half := -(-len(z) // 2)):
+                rows = slice(start, start + half)
+                self._push_linear(rows, here.p[rows], target, log_ratio, values["emd"], gradient)
+        else:
+            direction, mean = None, torch.zeros_like(here.rest)
+            if "emd" in weights and target is not None and self.features is not None:
+                p_top = here.p.gather(1, here.top)
+                centred = self._converted("low", here.p.scatter_(1, here.top, -here.rest), self.low)
+                direction, mean = self._means(target, here.top[:, 0], centred, self.features, values)
+                here.p.scatter_(1, here.top, p_top)
+            if weights.get("reverse_kl"):
+                mean = mean + weights["reverse_kl"] * values["reverse_kl"][:, None]
+            if gradient:
+                self._push_known(here.p, direction if weights.get("emd") else None, mean, log_ratio)
         if gradient:
             self._finish(here, target, r, capped)
         return values, here.p
@@ -499,8 +506,8 @@ class _Chunks:
             pushed = self._buffer("half", len(z), self.low if self.features is not None else self.work)
             if self.on_means and self.features is not None:
                 made, top = centred(z, self.work)
-                direction = self._means(target, top, made.to(self.low), self.features, values)
-                torch.mm((direction * weight).to(self.low), self.features.T, out=pushed)
+                direction, _ = self._means(target, top, made.to(self.low), self.features, values)
+                torch.mm(direction, self.features.T, out=pushed)
             else:
                 self._costs(target, pushed, -weight)
         ids, q = (None, None) if target is None else (target.ids, target.weights)
@@ -523,43 +530,49 @@ class _Chunks:
         assert self.target is not None
         return Target(self.target.ids[part], self.target.weights[part].to(self.work))
 
-    def _push(
-        self,
-        rows: slice,
-        whole: Tensor,
-        target: Target | None,
-        direction: Tensor | None,
-        log_ratio: Tensor | None,
-        values: dict[Term, Tensor],
-        gradient: bool,
+    def _push_linear(
+        self, rows: slice, p: Tensor, target: Target, log_ratio: Tensor | None, emd: Tensor, gradient: bool
     ) -> None:
-        """Turn these rows of p into their part of dL/dz; with a cost linear in p, their value of the bound too."""
-        p, weights = whole[rows], self.terms
-        pushed: Tensor | None = None
-        if "emd" in weights and target is not None and (direction is None or (weights["emd"] and gradient)):
-            weight = weights["emd"] or 1.0
-            dense = self.features is not None
-            out = self._buffer("half" if dense else "half wide", len(p), self.low if dense else self.work)
-            if direction is not None and self.features is not None:
-                torch.mm((direction[rows] * weight).to(self.low), self.features.T, out=out)
-            else:
-                self._costs(Target(target.ids[rows], target.weights[rows]), out, -weight)
-            pushed = torch.mul(
-                out, p, out=out if out.dtype == self.work else self._buffer("half wide", len(p), self.work)
-            )
-            if direction is None:
-                values["emd"][rows] = pushed.sum(-1) / -weight
-            pushed = pushed if weights["emd"] else None
+        """The bound of these rows, linear in p, into `emd`; and p [t, V] turned into its part of dL/dz."""
+        weight, dense = self.terms["emd"] or 1.0, self.features is not None
+        out = self._buffer("half" if dense else "half wide", len(p), self.low if dense else self.work)
+        self._costs(Target(target.ids[rows], target.weights[rows]), out, -weight)
+        pushed = out if out.dtype == self.work else self._buffer("half wide", len(p), self.work)
+        torch.mul(out, p, out=pushed)
+        emd[rows] = pushed.sum(-1) / -weight
         if not gradient:
             return
-        if weights.get("reverse_kl") and log_ratio is not None:
-            divergence = log_ratio[rows].mul_(weights["reverse_kl"])
-            pushed = divergence if pushed is None else pushed.add_(divergence)
-        share = weights.get("cross_entropy", 0.0) + weights.get("kl", 0.0)
-        if pushed is None:
-            p.mul_(share)
-        else:
-            torch.addcmul(pushed, p, share - pushed.sum(-1, keepdim=True), out=p)
+        if not self.terms["emd"]:
+            pushed.zero_()
+        if self.terms.get("reverse_kl") and log_ratio is not None:
+            pushed.add_(log_ratio[rows], alpha=self.terms["reverse_kl"])
+        torch.addcmul(pushed, p, self._share() - pushed.sum(-1, keepdim=True), out=p)
+
+    def _push_known(self, p: Tensor, direction: Tensor | None, mean: Tensor, log_ratio: Tensor | None) -> None:
+        """p [t, V] turned into its part of dL/dz, where `mean` [t, 1], the sum of what is pushed, is known."""
+        share, weight = self._share() - mean, self.terms.get("reverse_kl", 0.0)
+        width = -(-p.shape[1] // 4)
+        for start in range(0, p.shape[1], width):
+            columns = slice(start, start + width)
+            part = p[:, columns]
+            pushed: Tensor | None = None
+            if direction is not None and self.features is not None:
+                out = self._buffer("quarter", len(p), self.low, part.shape[1])
+                torch.mm(direction, self.features[columns].T, out=out)
+                wide = out.dtype == self.work
+                pushed = out if wide else self._buffer("quarter wide", len(p), self.work, part.shape[1])
+                torch.mul(out, part, out=pushed)
+            if weight and log_ratio is not None:
+                ratio = log_ratio[:, columns]
+                pushed = ratio.mul_(weight) if pushed is None else pushed.add_(ratio, alpha=weight)
+            if pushed is None:
+                part.mul_(share)
+            else:
+                part.mul_(share).add_(pushed)
+
+    def _share(self) -> float:
+        """The weight of p itself in dL/dz."""
+        return self.terms.get("cross_entropy", 0.0) + self.terms.get("kl", 0.0)
 
     def _costs(self, target: Target, out: Tensor, scale: float) -> None:
         """scale * c [t, V] of bounds linear in p, into `out`: C_ix, sum_j q_j C_ij, or min_j C_ij over the support."""
@@ -580,8 +593,8 @@ class _Chunks:
 
     def _means(
         self, target: Target, top: Tensor, centred: Tensor, features: Tensor, values: dict[Term, Tensor]
-    ) -> Tensor:
-        """Values of the bounds on means; minus their gradient with respect to mu_p, [t, k].
+    ) -> tuple[Tensor, Tensor]:
+        """Values of the bounds on means; minus their weighted gradient in mu_p [t, k], and that times mu_p [t, 1].
 
         `centred` is p [t, V] with minus the sum of the others at `top`, so that its mean is mu_p - f_top. With
         s^2 = 1 - |mu|^2: centroid |mu_p - mu_q|^2 / 2, and covariance is that plus (s_p - s_q)^2 / 2.
@@ -590,9 +603,17 @@ class _Chunks:
         delta = torch.mm(features.T, centred.T).T.to(self.work)
         mu_p, mu_q = f_top + delta, (target.weights[..., None] * support).sum(1)
         apart = delta + (f_top - mu_q)
-        values["emd"] = apart.square().sum(-1) / 2
-        if self.bound == "centroid":
-            return -apart
+        values["emd"], direction = apart.square().sum(-1) / 2, -apart
+        if self.bound == "covariance":
+            direction = self._covariance(target, f_top, support, delta, values)
+        direction = (direction * (self.terms.get("emd") or 1.0)).to(self.low)
+        return direction, (direction * mu_p).sum(-1, keepdim=True)
+
+    def _covariance(
+        self, target: Target, f_top: Tensor, support: Tensor, delta: Tensor, values: dict[Term, Tensor]
+    ) -> Tensor:
+        """What covariance adds to the value of centroid; minus its gradient with respect to mu_p, [t, k]."""
+        mu_p, mu_q = f_top + delta, (target.weights[..., None] * support).sum(1)
         spread_p = (-2 * (f_top * delta).sum(-1) - delta.square().sum(-1)).clamp(min=_NO_SPREAD).sqrt()
         spread_q = (target.weights * (support - mu_q[:, None]).square().sum(-1)).sum(-1).sqrt()
         values["emd"] += (spread_p - spread_q).square() / 2
