@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -12,6 +13,7 @@ from safecli.errors import MissingError, UsageError
 
 COSTS = "safecli.costs"
 JUDGES = "safecli.judges"
+ALLOWED = "SAFECLI_PLUGINS"
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,16 @@ class Plugin:
     version: str
     entry: EntryPoint
 
+    @property
+    def enabled(self) -> bool:
+        """Whether `SAFECLI_PLUGINS`, names of plugins or packages with commas, lets it in; unset, it lets in all."""
+        allowed = os.environ.get(ALLOWED)
+        return allowed is None or not {self.name, self.package}.isdisjoint(map(str.strip, allowed.split(",")))
+
     def state(self) -> str:
-        """'ok', or 'broken: ' and the reason; imports the plugin."""
+        """'ok', 'disabled', or 'broken: ' and the reason; imports the plugin unless it is disabled."""
+        if not self.enabled:
+            return "disabled"
         try:
             self.load()
         except MissingError as error:
@@ -67,6 +77,10 @@ def load_plugin(kind: str, name: str) -> Any:
     noun = kind.removeprefix("safecli.").removesuffix("s")
     if not named:
         raise UsageError(f"no {noun} is called '{name}'{nearest(name, {plugin.name: 0 for plugin in plugins(kind)})}")
+    kept = [plugin for plugin in named if plugin.enabled]
+    if not kept:
+        raise UsageError(f"{noun} '{name}' is left out by {ALLOWED}={os.environ[ALLOWED]}: add it there")
+    named = kept
     if len(named) > 1:
         packages = " and ".join(f"{plugin.package} {plugin.version}" for plugin in named)
         raise UsageError(f"{noun} '{name}' is offered by {packages}: uninstall one of them")

@@ -13,14 +13,22 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safecli.config import CostOptions
-from safecli.costs import Cost, DenseCost, Neighbours, SparseCost, Vocabulary, unit
-from safecli.costs.build import load_cost, read_cost
+from safecli.costs import Cost, DenseCost, Neighbours, SparseCost, Vocabulary, anisotropy, hubness, unit
+from safecli.costs.build import load_cost, read_cost, vocabulary_of
+from safecli.costs.token import TokenCost
 from safecli.errors import InputError, SafecliError, UsageError
 from safecli.models import LanguageModel
 from safecli.stages.cost import token_id
 
 V = 1500
-BACKENDS = [("token", []), ("token", ["center=true"]), ("sentence", []), ("faiss", ["k=8"])]
+BACKENDS = [
+    ("token", []),
+    ("token", ["transform=centred"]),
+    ("token", ["transform=whitened", "remove=3"]),
+    ("sentence", []),
+    ("faiss", ["k=8"]),
+    ("mix:token=0.7,sentence=0.3", []),
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +44,7 @@ def small(demo: LanguageModel) -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def vocabulary(small: LanguageModel) -> Vocabulary:
-    return Vocabulary(small.tokenizer, small.model.get_input_embeddings().weight.detach(), small.device)
+    return vocabulary_of(small)
 
 
 @pytest.fixture(scope="module", params=BACKENDS, ids=lambda backend: "-".join([backend[0], *backend[1]]))
@@ -141,8 +149,8 @@ def test_a_cost_of_another_vocabulary_is_refused_with_both_fingerprints(
     ("chosen", "kind", "hint"),
     [
         ({"cost": "tokn"}, UsageError, "did you mean 'token'"),
-        ({"cost_opt": ["center"]}, UsageError, "key=value"),
-        ({"cost_opt": ["centre=1"]}, UsageError, "did you mean 'center'"),
+        ({"cost_opt": ["transform"]}, UsageError, "key=value"),
+        ({"cost_opt": ["transfrom=raw"]}, UsageError, "did you mean 'transform'"),
         ({"cost": "faiss", "cost_opt": ["k=0"]}, UsageError, "k: .*greater than or equal to 1"),
         ({"cost": "faiss", "cost_opt": ["k=many"]}, UsageError, "k: .*integer"),
     ],
@@ -178,3 +186,56 @@ def test_a_token_is_named_by_a_text_that_is_one(demo: LanguageModel) -> None:
     assert demo.tokenizer.decode([token_id(demo, " gun")]) == " gun"
     with pytest.raises(UsageError, match=r"2 tokens of this model \('two', ' words'\): try it with a leading space"):
         token_id(demo, "two words")
+
+
+def test_a_mixture_is_the_weighted_mean_of_its_costs(small: LanguageModel, vocabulary: Vocabulary, cache: Path) -> None:
+    token, sentence, mixed = (
+        load_cost(CostOptions(cost=name), small)[0] for name in ("token", "sentence", "mix:token=1.4,sentence=0.6")
+    )
+    known = (~vocabulary.meaningless).nonzero()[:, 0]
+    expected = 0.7 * token.rows(known[:50]) + 0.3 * sentence.rows(known[:50])
+    torch.testing.assert_close(mixed.rows(known[:50])[:, known], expected[:, known], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("mix", "of: Field required"),
+        ("mix:token=-1", "of.token: .*greater than 0"),
+        ("mix:token", "of.token: .*valid number"),
+        ("mix:tokn=1", "did you mean 'token'"),
+        ("mix:faiss=1", "'faiss' gives neighbours"),
+        ("token:sentence=1", "unknown key 'of'"),
+    ],
+)
+def test_a_mixture_that_can_not_be_says_why(small: LanguageModel, name: str, hint: str, cache: Path) -> None:
+    with pytest.raises(UsageError, match=hint):
+        load_cost(CostOptions(cost=name), small)
+
+
+def test_the_output_embeddings_are_those_of_the_head(vocabulary: Vocabulary) -> None:
+    built = TokenCost(TokenCost.Options(embeddings="output")).build(vocabulary, print)
+    assert torch.equal(built, vocabulary.output_embeddings)
+    assert not torch.equal(built, vocabulary.embeddings)
+
+
+def test_anisotropy_and_hubness_of_shapes_that_are_known() -> None:
+    angle = torch.arange(360) * torch.pi / 180
+    ring = torch.stack([angle.cos(), angle.sin()], dim=1)
+    assert anisotropy(torch.eye(30)) == pytest.approx(0, abs=1e-9)
+    assert anisotropy(torch.ones(30, 1)) == pytest.approx(1)
+    assert anisotropy(ring) == pytest.approx(-1 / 359, abs=1e-6)
+    assert abs(hubness(ring, k=4)) < 0.5
+    star = torch.nn.functional.normalize(torch.cat([torch.eye(40), torch.ones(1, 40)]), dim=1)  # one near to all
+    assert hubness(star, k=1) > 5
+
+
+def test_whitened_embeddings_share_no_direction(small: LanguageModel, vocabulary: Vocabulary, cache: Path) -> None:
+    shared = {}
+    for transform in ("raw", "centred", "whitened"):
+        cost, _ = load_cost(CostOptions(cost="token", cost_opt=[f"transform={transform}"]), small)
+        assert isinstance(cost, DenseCost)
+        shared[transform] = anisotropy(cost.features[~vocabulary.meaningless])
+    assert shared["raw"] > 0.05
+    assert abs(shared["centred"]) < shared["raw"] / 5
+    assert abs(shared["whitened"]) < shared["raw"] / 5

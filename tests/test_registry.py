@@ -81,9 +81,27 @@ def test_a_broken_plugin_shows_its_error_and_harms_no_other(site: Path, code: st
     [
         (COSTS, "fais", "no cost is called 'fais', did you mean 'faiss'"),
         (JUDGES, "outcomes", "no judge is called 'outcomes', did you mean 'outcome'"),
-        (COSTS, "xyz", "valid: faiss, sentence, token"),
+        (COSTS, "xyz", "valid: faiss, mix, sentence, token"),
     ],
 )
 def test_an_unknown_name_is_told_the_nearest(kind: str, name: str, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         load_plugin(kind, name)
+
+
+def test_the_environment_narrows_what_is_loaded(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(site, "far-cost", {"far": "far_cost:Cost", "away": "far_cost:Cost"}, GOOD)
+    monkeypatch.setenv("SAFECLI_PLUGINS", "token, far-cost")
+    states = {plugin.name: plugin.state() for plugin in plugins(COSTS)}
+    assert states["token"] == states["far"] == states["away"] == "ok"
+    assert states["faiss"] == "disabled"
+    assert load_plugin(COSTS, "far").Options().k == 3
+    with pytest.raises(UsageError, match="cost 'faiss' is left out by SAFECLI_PLUGINS=token, far-cost"):
+        load_plugin(COSTS, "faiss")
+
+
+def test_a_clash_ends_where_the_environment_names_one_package(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(site, "red-cost", {"twin": "red_cost:Cost"}, GOOD)
+    _install(site, "blue-cost", {"twin": "blue_cost:Cost"}, GOOD.replace("= 3", "= 4"))
+    monkeypatch.setenv("SAFECLI_PLUGINS", "blue-cost")
+    assert load_plugin(COSTS, "twin").Options().k == 4

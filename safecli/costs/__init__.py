@@ -116,11 +116,15 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a backend is given: the tokenizer, the model's token embeddings [V, d], the device, the odd tokens."""
+    """What a backend is given: the tokenizer, the model's token embeddings [V, d], the device, the odd tokens.
+
+    `output_embeddings` is the weight of the output head, the same tensor where both are tied.
+    """
 
     tokenizer: Any
     embeddings: Tensor
     device: torch.device
+    output_embeddings: Tensor
 
     @property
     def size(self) -> int:
@@ -150,6 +154,28 @@ def unit(features: Tensor, meaningless: Tensor) -> Tensor:
     lost = meaningless | ~features.any(-1)
     features[lost] = torch.nn.functional.normalize(features[~lost].mean(0), dim=0)
     return features
+
+
+def anisotropy(features: Tensor) -> float:
+    """Mean cosine over all pairs of different rows of unit features [n, k]; 0 where directions are spread evenly."""
+    n = len(features)
+    total = features.double().sum(0)
+    return float((total @ total - n) / (n * (n - 1)))
+
+
+def hubness(features: Tensor, k: int = 10, sample: int = 4096) -> float:
+    """Skewness of how often a token is among the k nearest of another, in a sample of unit features [n, k].
+
+    0 where none is favoured; hubs make it large (Radovanović et al., Hubs in Space, JMLR 2010).
+    """
+    chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:sample]
+    few = features[chosen.to(features.device)].float()
+    similarity = (few @ few.T).fill_diagonal_(-torch.inf)
+    nearest = similarity.topk(min(k, len(few) - 1), dim=1).indices
+    counts = torch.bincount(nearest.flatten(), minlength=len(few)).double()
+    spread = counts - counts.mean()
+    deviation = spread.square().mean().sqrt()
+    return float(spread.pow(3).mean() / deviation**3) if deviation > 0 else 0.0
 
 
 class CostBackend(Protocol):

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from safecli.artifacts import atomic, fingerprint, locked, manifest, read_manifest, write_json
 from safecli.config import CostOptions, build, cache_dir
-from safecli.costs import Cost, CostBackend, DenseCost, Neighbours, SparseCost, Vocabulary, unit
+from safecli.costs import (
+    Cost,
+    CostBackend,
+    DenseCost,
+    Neighbours,
+    SparseCost,
+    Vocabulary,
+    anisotropy,
+    hubness,
+    unit,
+)
 from safecli.errors import InputError
 from safecli.models import LanguageModel
 from safecli.registry import COSTS, key_values, load_plugin
@@ -23,11 +33,14 @@ logger = logging.getLogger(__name__)
 
 
 def load_backend(options: CostOptions) -> tuple[type[CostBackend], BaseModel]:
-    """The backend's class and its options; `UsageError` for a name or an option that there isn't."""
-    backend_class = load_plugin(COSTS, options.cost)
-    return backend_class, build(
-        backend_class.Options, key_values(options.cost_opt, "--cost-opt"), f"cost '{options.cost}'"
-    )
+    """The backend's class and its options; `UsageError` for a name or an option that there isn't.
+
+    `NAME:TEXT` is `NAME` with the option `of=TEXT`.
+    """
+    name, colon, of = options.cost.partition(":")
+    backend_class = load_plugin(COSTS, name)
+    chosen = key_values(options.cost_opt, "--cost-opt") | ({"of": of} if colon else {})
+    return backend_class, build(backend_class.Options, chosen, f"cost '{name}'")
 
 
 def load_cost(
@@ -35,20 +48,29 @@ def load_cost(
 ) -> tuple[Cost, Path]:
     """The cost that the options name, built when it isn't in the cache, and the folder that holds it."""
     backend_class, chosen = load_backend(options)
-    embeddings = language_model.model.get_input_embeddings().weight.detach()
-    vocabulary = Vocabulary(language_model.tokenizer, embeddings.float().cpu(), language_model.device)
+    vocabulary = vocabulary_of(language_model)
+    embeddings, name = vocabulary.embeddings, options.cost.partition(":")[0]
     identity = {
-        "backend": options.cost,
+        "backend": name,
         "options": chosen.model_dump(mode="json"),
         "vocabulary": vocabulary_fingerprint(vocabulary),
-        "embeddings": fingerprint(embeddings.shape, embeddings.flatten()[::997].float().tolist()),
+        "embeddings": fingerprint(embeddings.shape, embeddings.flatten()[::997].tolist()),
     }
-    folder = cache_dir() / "costs" / f"{options.cost}-{fingerprint(identity)}"
+    folder = cache_dir() / "costs" / f"{name}-{fingerprint(identity)}"
     with locked(folder / ".lock", wait=True):
         if not (folder / "manifest.json").exists():
-            say(f"building cost '{options.cost}' for {vocabulary.size:,} tokens")
-            _save(folder, backend_class(chosen).build(vocabulary, say), vocabulary, identity)
+            say(f"building cost '{name}' for {vocabulary.size:,} tokens")
+            save_cost(folder, backend_class(chosen).build(vocabulary, say), vocabulary, identity)
     return read_cost(folder, vocabulary), folder
+
+
+def vocabulary_of(language_model: LanguageModel) -> Vocabulary:
+    """What a backend is given of a model, its embeddings in float32 on the CPU."""
+    given, output = (
+        layer.weight.detach().float().cpu()
+        for layer in (language_model.model.get_input_embeddings(), language_model.model.get_output_embeddings())
+    )
+    return Vocabulary(language_model.tokenizer, given, language_model.device, output)
 
 
 def vocabulary_fingerprint(vocabulary: Vocabulary) -> str:
@@ -56,14 +78,17 @@ def vocabulary_fingerprint(vocabulary: Vocabulary) -> str:
     return fingerprint(vocabulary.size, sorted(vocabulary.tokenizer.get_vocab().items(), key=lambda item: item[1]))
 
 
-def _save(folder: Path, built: Tensor | Neighbours, vocabulary: Vocabulary, identity: dict[str, Any]) -> None:
+def save_cost(folder: Path, built: Tensor | Neighbours, vocabulary: Vocabulary, identity: dict[str, Any]) -> None:
+    """Write a built cost as an artefact: features made unit, neighbours symmetric."""
     if isinstance(built, Neighbours):
         sparse = built.symmetric()
         tensors = {"starts": sparse.starts, "neighbours": sparse.neighbours, "costs": sparse.costs}
         result: dict[str, Any] = {"kind": "sparse", "ceiling": sparse.ceiling, "entries": len(sparse.costs)}
     else:
-        tensors = {"features": unit(built, vocabulary.meaningless).contiguous()}
-        result = {"kind": "dense", "k": built.shape[1]}
+        features = unit(built, vocabulary.meaningless).contiguous()
+        tensors = {"features": features}
+        known = features[~vocabulary.meaningless]
+        result = {"kind": "dense", "k": built.shape[1], "anisotropy": anisotropy(known), "hubness": hubness(known)}
     with atomic(folder / "cost.safetensors") as beside:
         save_file(tensors, beside)
     result |= {"V": vocabulary.size, "meaningless": int(vocabulary.meaningless.sum())}

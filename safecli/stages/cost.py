@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from safecli.artifacts import read_manifest
 from safecli.config import CostOptions
 from safecli.costs import DenseCost
 from safecli.costs.build import load_backend, load_cost
@@ -17,12 +18,17 @@ from safecli.stages import Reporter, inherit_model
 
 @dataclass(frozen=True)
 class Built:
-    """A cost artefact: its folder, kind, vocabulary size, and what its tensors take, in MiB."""
+    """A cost artefact: its folder, kind, vocabulary size, and what its tensors take, in MiB.
+
+    Of features the mean cosine over pairs of tokens, and how much a few tokens are everybody's nearest (skewness).
+    """
 
     path: Path
     kind: str
     vocab: int
     mebibytes: float
+    anisotropy: float | None
+    hubness: float | None
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,9 @@ def build_cost(options: CostOptions, report: Reporter | None = None) -> Built:
     options = inherit_model(options, report)
     cost, folder = load_cost(options, load_model(options), report.say)
     size = (folder / "cost.safetensors").stat().st_size / 2**20
-    return Built(folder, "dense" if isinstance(cost, DenseCost) else "sparse", cost.vocab, round(size, 1))
+    made = read_manifest(folder / "manifest.json", "cost")["result"]
+    looked = (made.get("anisotropy"), made.get("hubness"))
+    return Built(folder, "dense" if isinstance(cost, DenseCost) else "sparse", cost.vocab, round(size, 1), *looked)
 
 
 def show_cost(options: CostOptions, token: str, count: int, report: Reporter | None = None) -> Neighbourhood:
