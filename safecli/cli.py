@@ -60,9 +60,11 @@ class _FileFirst(TyperGroup):
 judge_app = typer.Typer(
     cls=_FileFirst, help="Judge answers from anywhere: safecli judge FILE --out FILE.", no_args_is_help=True
 )
+plugins_app = typer.Typer(invoke_without_command=True)
 app.add_typer(cost_app, name="cost")
 app.add_typer(judge_app, name="judge")
 app.add_typer(bench_app, name="bench")
+app.add_typer(plugins_app, name="plugins")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, all else on stderr.")]
 COMMON: dict[str, Any] = {
@@ -267,6 +269,38 @@ def show_cost(options: CostOptions, call: Call, token: str, count: int) -> None:
         return
     for title, rows in (("nearest", found.nearest), ("farthest", found.farthest)):
         print_table(f"{title} to {token!r}", ["token", "cost"], [[repr(text), f"{cost:.3f}"] for text, cost in rows])
+
+
+@command(
+    cost_app,
+    "compare",
+    CostOptions,
+    "cost",
+    {
+        "first": (Annotated[str, typer.Argument(help="A cost as --cost takes it.", show_default=False)], ...),
+        "second": (Annotated[str, typer.Argument(help="Another.", show_default=False)], ...),
+        "count": (Annotated[int, typer.Option(min=1, help="Tokens to show that differ most.")], 10),
+    },
+)
+def compare_costs(options: CostOptions, call: Call, first: str, second: str, count: int) -> None:
+    """Compare two costs: rank correlation, overlap of the nearest tokens, and the tokens that differ most."""
+    from safecli.console import print_json, print_pairs, print_table
+    from safecli.stages import cost as stage
+
+    if call.dry_run:
+        _show(call, "would compare", {"first": first, "second": second, **options.model_dump(mode="json")})
+        return
+    found = stage.compare_costs(options, first, second, count, call.report)
+    if call.json_output:
+        print_json(asdict(found))
+        return
+    shown = {"rank correlation": f"{found.rank_correlation:.3f}", "overlap of the nearest": f"{found.overlap:.3f}"}
+    print_pairs(f"{first} and {second}", shown)
+    rows = [
+        [repr(d.token), f"{d.overlap:.1f}", " ".join(map(repr, d.first)), " ".join(map(repr, d.second))]
+        for d in found.differing
+    ]
+    print_table("differ most", ["token", "overlap", first, second], rows)
 
 
 @command(app, "train", TrainOptions, "train")
@@ -511,12 +545,14 @@ def compare(
     with_errors(write, debug=False)
 
 
-@app.command()
-def plugins(json: JsonFlag = False) -> None:
-    """List cost backends and judges, where they come from, and whether they work."""
+@plugins_app.callback()
+def plugins(ctx: typer.Context, json: JsonFlag = False) -> None:
+    """List cost backends and judges, where they come from, and whether they work; `plugins new` writes a package."""
     from safecli.console import print_json, print_table
     from safecli.registry import plugins as found
 
+    if ctx.invoked_subcommand:
+        return
     rows = [
         [p.kind.removeprefix("safecli.").removesuffix("s"), p.name, p.package, p.version, p.state()] for p in found()
     ]
@@ -525,6 +561,28 @@ def plugins(json: JsonFlag = False) -> None:
         print_json([dict(zip(names, row, strict=True)) for row in rows])
     else:
         print_table("plugins", names, rows)
+
+
+@plugins_app.command("new")
+def new_plugin(
+    kind: Annotated[str, typer.Argument(help="What it is: cost.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="Name of the backend, in small letters.", show_default=False)],
+    into: Annotated[Path, typer.Option("--in", help="Folder that the package's folder is made in.")] = Path("."),
+    json: JsonFlag = False,
+) -> None:
+    """Write an installable package with a cost backend, its conformance test and a README."""
+
+    def run() -> None:
+        from safecli.console import print_json
+        from safecli.scaffold import write_plugin
+
+        folder = write_plugin(kind, name, into)
+        if json:
+            print_json({"folder": str(folder)})
+        else:
+            typer.echo(f"{folder}: pip install -e {folder}, then pytest {folder} and safecli train --cost {name}")
+
+    with_errors(run, debug=False)
 
 
 @app.command()

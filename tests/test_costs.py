@@ -1,5 +1,7 @@
 """The cost backends on real tokens: laws of a cost, tokens without meaning, and the artefact in the cache."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -15,10 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from safecli.config import CostOptions
 from safecli.costs import Cost, DenseCost, Neighbours, SparseCost, Vocabulary, anisotropy, hubness, unit
 from safecli.costs.build import load_cost, read_cost, vocabulary_of
+from safecli.costs.faiss import FaissCost
 from safecli.costs.token import TokenCost
 from safecli.errors import InputError, SafecliError, UsageError
 from safecli.models import LanguageModel
-from safecli.stages.cost import token_id
+from safecli.stages.cost import compared, token_id
 
 V = 1500
 BACKENDS = [
@@ -116,6 +120,22 @@ def test_faiss_finds_the_nearest_tokens_of_the_dense_cost(
     assert ((near - exact).abs() < 1e-5).logical_or(near == sparse.ceiling).all()
 
 
+def test_a_graph_finds_nearly_all_neighbours_and_says_how_many(small: LanguageModel, cache: Path) -> None:
+    (exact, _), (graph, folder) = (
+        load_cost(CostOptions(cost=f"faiss:k=8,search={search}"), small) for search in ("exact", "hnsw")
+    )
+    found = json.loads((folder / "manifest.json").read_text())["result"]["recall"]
+    assert 0.9 < found <= 1
+    near = exact.rows(torch.arange(V)) < exact.ceiling
+    also = graph.rows(torch.arange(V)) < graph.ceiling
+    assert float((near & also).sum() / near.sum()) == pytest.approx(found, abs=0.05)
+
+
+def test_a_poor_graph_has_a_poor_recall(small: LanguageModel, vocabulary: Vocabulary) -> None:
+    options = FaissCost.Options(k=32, search="hnsw", links=4, effort=1)
+    assert FaissCost(options).build(vocabulary, lambda _: None).measured["recall"] < 0.95
+
+
 def test_a_cost_is_kept_as_safetensors_with_what_decided_it(built: tuple[Cost, Path]) -> None:
     _, folder = built
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "cost.safetensors", "manifest.json"]
@@ -205,7 +225,8 @@ def test_a_mixture_is_the_weighted_mean_of_its_costs(small: LanguageModel, vocab
         ("mix:token", "of.token: .*valid number"),
         ("mix:tokn=1", "did you mean 'token'"),
         ("mix:faiss=1", "'faiss' gives neighbours"),
-        ("token:sentence=1", "unknown key 'of'"),
+        ("token:sentence=1", "unknown key 'sentence'"),
+        ("token:raw", "write it as key=value"),
     ],
 )
 def test_a_mixture_that_can_not_be_says_why(small: LanguageModel, name: str, hint: str, cache: Path) -> None:
@@ -239,3 +260,33 @@ def test_whitened_embeddings_share_no_direction(small: LanguageModel, vocabulary
     assert shared["raw"] > 0.05
     assert abs(shared["centred"]) < shared["raw"] / 5
     assert abs(shared["whitened"]) < shared["raw"] / 5
+
+
+def test_options_may_stand_behind_the_name(small: LanguageModel, cache: Path) -> None:
+    _, behind = load_cost(CostOptions(cost="token:transform=whitened,remove=3"), small)
+    _, before = load_cost(CostOptions(cost="token", cost_opt=["transform=whitened", "remove=3"]), small)
+    assert behind == before
+    assert behind.name.startswith("token-")
+
+
+def test_two_costs_are_compared(small: LanguageModel, cache: Path) -> None:
+    same = compared(small, *(load_cost(CostOptions(cost="token"), small)[0] for _ in range(2)), count=3)
+    assert (same.rank_correlation, same.overlap) == (pytest.approx(1), 1)
+    token, sentence, near = (
+        load_cost(CostOptions(cost=name), small)[0] for name in ("token", "sentence", "faiss:k=32")
+    )
+    apart, sparse = compared(small, token, sentence, count=3), compared(small, token, near, count=3)
+    assert 0 < apart.overlap < 0.7
+    assert -0.2 < apart.rank_correlation < 0.9
+    assert sparse.overlap > 0.95
+    assert len(apart.differing) == 3
+    assert apart.differing[0].overlap <= apart.differing[-1].overlap < apart.overlap
+    assert len(apart.differing[0].first) == len(apart.differing[0].second) == 10
+
+
+def test_the_comparison_is_a_command(run_cli: Callable[..., Result], cache: Path) -> None:
+    result = run_cli("cost", "compare", "token", "token:transform=centred", "--model", "demo", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert 0.3 < found["overlap"] < 1
+    assert found["differing"]

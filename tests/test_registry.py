@@ -1,9 +1,15 @@
 """Plugins from real package metadata: found without an import, clashes, broken ones, unknown names."""
 
+import json
+import os
+import subprocess
 import sys
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 
 from safecli.costs.faiss import FaissCost
 from safecli.errors import MissingError, UsageError
@@ -105,3 +111,40 @@ def test_a_clash_ends_where_the_environment_names_one_package(site: Path, monkey
     _install(site, "blue-cost", {"twin": "blue_cost:Cost"}, GOOD.replace("= 3", "= 4"))
     monkeypatch.setenv("SAFECLI_PLUGINS", "blue-cost")
     assert load_plugin(COSTS, "twin").Options().k == 4
+
+
+def test_a_new_plugin_is_a_package_that_passes_its_own_tests(
+    tmp_path: Path, run_cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run_cli("plugins", "new", "cost", "my_letters", "--in", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    folder = Path(json.loads(result.stdout)["folder"])
+    assert folder == tmp_path / "safecli-cost-my-letters"
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["safecli.costs"] == {"my_letters": "safecli_cost_my_letters:MyLettersCost"}
+    own = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)],
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert own.returncode == 0, own.stdout
+    assert "24 passed" in own.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (("judge", "mine"), 2, "'cost' is what can be written"),
+        (("cost", "My-Cost"), 2, "small letters"),
+        (("cost", "there"), 3, "is there already"),
+    ],
+)
+def test_a_plugin_that_can_not_be_written_says_why(
+    tmp_path: Path, run_cli: Callable[..., Result], words: tuple[str, str], code: int, told: str
+) -> None:
+    (tmp_path / "safecli-cost-there").mkdir()
+    result = run_cli("plugins", "new", *words, "--in", tmp_path)
+    assert result.exit_code == code
+    assert told in result.stderr

@@ -12,7 +12,7 @@ towards them is worth no more than pushing it to an average token.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
@@ -85,11 +85,15 @@ Cost = DenseCost | SparseCost
 
 @dataclass(frozen=True)
 class Neighbours:
-    """What a sparse backend returns: `indices` [V, K], `costs` [V, K], and one `ceiling` for all other pairs."""
+    """What a sparse backend returns: `indices` [V, K], `costs` [V, K], and one `ceiling` for all other pairs.
+
+    An index of -1 is none. What was `measured` on the way is kept in the artefact.
+    """
 
     indices: Tensor
     costs: Tensor
     ceiling: float
+    measured: dict[str, float] = field(default_factory=dict)
 
     def symmetric(self) -> SparseCost:
         """Keep a pair when either side names it (the smaller cost if both do), as CSR with a zero diagonal."""

@@ -35,11 +35,14 @@ logger = logging.getLogger(__name__)
 def load_backend(options: CostOptions) -> tuple[type[CostBackend], BaseModel]:
     """The backend's class and its options; `UsageError` for a name or an option that there isn't.
 
-    `NAME:TEXT` is `NAME` with the option `of=TEXT`.
+    `NAME:key=value,key=value` brings options along; a mixture takes what stands there as its weights.
     """
-    name, colon, of = options.cost.partition(":")
+    name, colon, text = options.cost.partition(":")
     backend_class = load_plugin(COSTS, name)
-    chosen = key_values(options.cost_opt, "--cost-opt") | ({"of": of} if colon else {})
+    chosen = key_values(options.cost_opt, "--cost-opt")
+    if colon:
+        weights = "of" in backend_class.Options.model_fields
+        chosen |= {"of": text} if weights else key_values(text.split(","), f"--cost {name}:")
     return backend_class, build(backend_class.Options, chosen, f"cost '{name}'")
 
 
@@ -83,7 +86,11 @@ def save_cost(folder: Path, built: Tensor | Neighbours, vocabulary: Vocabulary, 
     if isinstance(built, Neighbours):
         sparse = built.symmetric()
         tensors = {"starts": sparse.starts, "neighbours": sparse.neighbours, "costs": sparse.costs}
-        result: dict[str, Any] = {"kind": "sparse", "ceiling": sparse.ceiling, "entries": len(sparse.costs)}
+        result: dict[str, Any] = {
+            "kind": "sparse",
+            "ceiling": sparse.ceiling,
+            "entries": len(sparse.costs),
+        } | built.measured
     else:
         features = unit(built, vocabulary.meaningless).contiguous()
         tensors = {"features": features}
