@@ -231,18 +231,43 @@ def collect(options: CollectOptions, call: Call) -> None:
     _show(call, "collected", asdict(stage.collect(options, call.report)))
 
 
-def _build_cost(options: CostOptions, call: Call) -> None:
+COST_HELP: dict[str, Any] = {
+    "cost_help": (Annotated[bool, typer.Option("--cost-help", help="List the options of the cost backend.")], False)
+}
+
+
+def _cost_help(options: CostOptions, call: Call) -> None:
+    from safecli.console import print_json, print_table
+    from safecli.registry import COSTS, load_plugin
+
+    name = options.cost.partition(":")[0]
+    rows = []
+    for key, field in load_plugin(COSTS, name).Options.model_fields.items():
+        allowed = f" Choices: {', '.join(choices(field))}." if choices(field) else ""
+        default = "needed" if field.is_required() else str(field.default)
+        rows.append([key, default, f"{field.description or ''}{allowed}"])
+    names = ["option", "default", "what it is"]
+    if call.json_output:
+        print_json([dict(zip(names, row, strict=True)) for row in rows])
+    else:
+        print_table(f"cost '{name}', as --cost-opt option=value", names, rows)
+
+
+def _build_cost(options: CostOptions, call: Call, cost_help: bool) -> None:
     """Build a semantic token cost; `safecli cost` alone is the same as `safecli cost build`."""
     from safecli.stages import cost as stage
 
+    if cost_help:
+        _cost_help(options, call)
+        return
     if call.dry_run:
         _show(call, "would build", options.model_dump(mode="json"))
         return
     _show(call, "cost", asdict(stage.build_cost(options, call.report)))
 
 
-command(cost_app, "", CostOptions, "cost")(_build_cost)
-command(cost_app, "build", CostOptions, "cost")(_build_cost)
+command(cost_app, "", CostOptions, "cost", COST_HELP)(_build_cost)
+command(cost_app, "build", CostOptions, "cost", COST_HELP)(_build_cost)
 
 
 @command(
@@ -303,9 +328,12 @@ def compare_costs(options: CostOptions, call: Call, first: str, second: str, cou
     print_table("differ most", ["token", "overlap", first, second], rows)
 
 
-@command(app, "train", TrainOptions, "train")
-def train(options: TrainOptions, call: Call) -> None:
+@command(app, "train", TrainOptions, "train", COST_HELP)
+def train(options: TrainOptions, call: Call, cost_help: bool) -> None:
     """Train a LoRA adapter that moves away from the unsafe answers (TA-SFT)."""
+    if cost_help:
+        _cost_help(options, call)
+        return
     from safecli.artifacts import first_process
     from safecli.stages import train as stage
 

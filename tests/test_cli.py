@@ -272,3 +272,14 @@ def test_a_benchmark_that_there_is_not_is_a_usage_error(run_cli: Callable[..., R
     result = run_cli("bench", "loss", *wrong)
     assert result.exit_code == 2
     assert wrong[1] in result.stderr
+
+
+@pytest.mark.parametrize("command", [("cost",), ("cost", "build"), ("train",)])
+def test_the_options_of_a_cost_backend_are_listed(run_cli: Callable[..., Result], command: tuple[str, ...]) -> None:
+    result = run_cli(*command, "--cost", "mix:token=1", "--cost-help", "--json")
+    assert result.exit_code == 0, result.output
+    (of,) = json.loads(result.stdout)
+    assert (of["option"], of["default"]) == ("of", "needed")
+    shown = run_cli(*command, "--cost", "faiss", "--cost-help")
+    assert "hnsw" in shown.stdout
+    assert run_cli(*command, "--cost", "fais", "--cost-help").exit_code == 2
