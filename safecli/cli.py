@@ -328,6 +328,28 @@ def compare_costs(options: CostOptions, call: Call, first: str, second: str, cou
     print_table("differ most", ["token", "overlap", first, second], rows)
 
 
+@command(
+    cost_app,
+    "quality",
+    CostOptions,
+    "cost",
+    {
+        "pairs": (
+            Annotated[Optional[Path], typer.Option(help="File of word pairs with people's similarity.")],  # noqa: UP045
+            None,
+        )
+    },
+)
+def cost_quality(options: CostOptions, call: Call, pairs: Path | None) -> None:
+    """Does a cost know meaning? Its rank correlation with people's similarity of words, and the cost of contrasts."""
+    from safecli.stages import cost as stage
+
+    if call.dry_run:
+        _show(call, "would measure", {"pairs": str(pairs or ""), **options.model_dump(mode="json")})
+        return
+    _show(call, "quality", asdict(stage.cost_quality(options, pairs, call.report)))
+
+
 @command(app, "train", TrainOptions, "train", COST_HELP)
 def train(options: TrainOptions, call: Call, cost_help: bool) -> None:
     """Train a LoRA adapter that moves away from the unsafe answers (TA-SFT)."""

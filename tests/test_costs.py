@@ -290,3 +290,28 @@ def test_the_comparison_is_a_command(run_cli: Callable[..., Result], cache: Path
     found = json.loads(result.stdout)
     assert 0.3 < found["overlap"] < 1
     assert found["differing"]
+
+
+def test_a_cost_is_held_against_people(run_cli: Callable[..., Result], cache: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.tsv"
+    rated = ["cat\tdog\t8", "king\tqueen\t9", "car\ttrain\t6", "cat\tmoney\t1", "king\tsoup\t1", "car\tlove\t0.5"]
+    pairs.write_text("word\tother\tscore\n# comment\n" + "\n".join([*rated, "onomatopoeia\tcat\t3"]) + "\n")
+    result = run_cli("cost", "quality", "--cost", "sentence", "--model", "demo", "--pairs", pairs, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["pairs"], found["used"]) == (7, 6)
+    assert found["spearman"] > 0.6
+    assert 0 < found["contrasts"]["hot cold"] < found["mean_cost"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("cat\tdog\t8\ncat dog\n", "line 2: write two words and a number"), ("cat\tdog\t8\n", "1 pairs are of words")],
+)
+def test_word_pairs_that_can_not_be_used_say_why(
+    run_cli: Callable[..., Result], cache: Path, tmp_path: Path, text: str, told: str
+) -> None:
+    (tmp_path / "pairs.tsv").write_text(text)
+    result = run_cli("cost", "quality", "--model", "demo", "--pairs", tmp_path / "pairs.tsv")
+    assert result.exit_code == 3
+    assert told in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,22 @@ from safecli.artifacts import read_manifest
 from safecli.config import CostOptions
 from safecli.costs import Cost, DenseCost
 from safecli.costs.build import load_backend, load_cost, vocabulary_of
-from safecli.errors import UsageError
-from safecli.models import LanguageModel, load_model
+from safecli.errors import InputError, MissingError, UsageError
+from safecli.models import LanguageModel, load_model, package_folder
 from safecli.stages import Reporter, inherit_model
 
+CONTRASTS = (
+    ("hot", "cold"),
+    ("good", "bad"),
+    ("love", "hate"),
+    ("open", "close"),
+    ("buy", "sell"),
+    ("friend", "enemy"),
+    ("help", "harm"),
+    ("idiot", "person"),
+    ("stupid", "simple"),
+    ("ugly", "plain"),
+)
 SAMPLE, ROWS, NEAREST = 2048, 128, 10
 """Tokens that two costs are compared on, how many at a time, and how many nearest tokens of each."""
 
@@ -62,6 +75,22 @@ class Compared:
     rank_correlation: float
     overlap: float
     differing: list[Differing]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Whether a cost knows meaning: Spearman's correlation of minus the cost with people's similarity of word pairs.
+
+    `used` of the `pairs` in the file are of words that are one token each. `contrasts` are costs of words that stand in
+    like places and mean different things (antonyms; rude and plain words), beside the mean cost of a pair of tokens.
+    """
+
+    path: Path
+    pairs: int
+    used: int
+    spearman: float
+    mean_cost: float
+    contrasts: dict[str, float]
 
 
 def build_cost(options: CostOptions, report: Reporter | None = None) -> Built:
@@ -147,3 +176,61 @@ def compared(model: LanguageModel, first: Cost, second: Cost, count: int) -> Com
     ]
     mean = sum(share for share, *_ in overlaps) / len(overlaps)
     return Compared(float(spearmanr(*pairs).statistic), mean, differing)
+
+
+def cost_quality(options: CostOptions, pairs: Path | None, report: Reporter | None = None) -> Quality:
+    """Hold a cost against human similarity: lines of two words and a number, tabs or commas between; `#` comments.
+
+    Without a file, WordSim-353 as the package gensim ships it. Errors: `MissingError` without either, `InputError` (a
+    file that can't be read, a malformed line, or fewer than three usable pairs).
+    """
+    from scipy.stats import spearmanr
+
+    report = report or Reporter()
+    load_backend(options)
+    path = pairs or _wordsim()
+    rated = read_pairs(path)
+    options = inherit_model(options, report)
+    model = load_model(options)
+    cost, _ = load_cost(options, model, report.say)
+    known = (~vocabulary_of(model).meaningless).nonzero()[:, 0]
+    few = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(0))[:ROWS]]
+
+    def between(words: tuple[str, str]) -> float | None:
+        ids = [model.answer_ids(f" {word}") for word in words]
+        return float(cost.rows(torch.tensor(ids[0]))[0, ids[1][0]]) if all(len(each) == 1 for each in ids) else None
+
+    found = [(score, near) for words, score in rated if (near := between(words)) is not None]
+    if len(found) < 3:
+        raise InputError(f"{path}: {len(found)} pairs are of words that are one token of this model: too few")
+    scores, costs = zip(*found, strict=True)
+    contrasts = {" ".join(words): round(near, 4) for words in CONTRASTS if (near := between(words)) is not None}
+    agreement = -float(spearmanr(scores, costs).statistic)
+    return Quality(path, len(rated), len(found), agreement, float(cost.rows(few)[:, known].mean()), contrasts)
+
+
+def _wordsim() -> Path:
+    folder = package_folder("gensim")
+    path = folder / "test" / "test_data" / "wordsim353.tsv" if folder else None
+    if path is None or not path.exists():
+        raise MissingError("no word pairs: give --pairs FILE (WordSim-353, SimLex-999), or `pip install gensim`")
+    return path
+
+
+def read_pairs(path: Path) -> list[tuple[tuple[str, str], float]]:
+    """Word pairs with people's similarity; a first line without a number is a heading."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} can't be read: {error}") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        parts = re.split(r"[\t,;]", line)
+        try:
+            found.append(((parts[0].strip(), parts[1].strip()), float(parts[2])))
+        except (IndexError, ValueError) as error:
+            if found:
+                raise InputError(f"{path}, line {number}: write two words and a number") from error
+    return found
