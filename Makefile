@@ -28,7 +28,7 @@ demo: $(READY) ## Run the whole job on a small real model: 10 to 15 minutes on 2
 	$(SHIPPED) $(BIN)/safecli run --config examples/demo.toml
 
 test: $(READY) ## Run the tests (under 10 minutes on 2 cores)
-	$(SHIPPED) $(BIN)/python -m pytest -m 'not slow'
+	$(SHIPPED) $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-slow: $(READY) ## Run the real model end to end
 	$(SHIPPED) $(BIN)/python -m pytest -m slow
