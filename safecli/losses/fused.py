@@ -32,6 +32,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 BUDGET = {"cpu": 36 << 20, "cuda": 1 << 29}
 """Bytes that the buffers [t, V] of one chunk may take."""
+FEWEST = 128
 _NO_SPREAD = 1e-30
 
 
@@ -387,13 +388,13 @@ class _Chunks:
         return Head(head.weight.detach().to(self.low), bias, head.scale, head.soft_cap)
 
     def _fitting(self) -> int:
-        """Positions whose buffers fit in the budget: a multiple of 16, at which products are fastest."""
+        """Positions whose buffers fit in the budget, and at least so many that products are not slow."""
         buffers = 1.5 + (self.reference is not None) + ("kl" in self.terms)
         item = buffers * self.work.itemsize + (0 if self.low == self.work else buffers * self.low.itemsize)
         if self.compiled:
             item = 4 * self.low.itemsize
         fitting = int(BUDGET.get(self.device.type, BUDGET["cpu"]) / (len(self.head.weight) * item))
-        return max(16, fitting // 16 * 16)
+        return max(FEWEST, fitting // 16 * 16)
 
     def parts(self) -> Iterator[slice]:
         """Slices of positions, one after the other; dtypes stay as they are chosen here."""
