@@ -306,6 +306,15 @@ def test_a_term_of_weight_zero_is_computed_and_has_no_gradient() -> None:
     torch.testing.assert_close(values["emd"], _reference(p, target, cost, "exact"))
 
 
+def _held(dtype: torch.dtype, kind: str) -> tuple[list[Tensor], Cost]:
+    """Hidden, head, reference and cost that dtype can hold, at logits of deviation 1: whoever computes rounds them."""
+    scaled = (_normal(T, D) / D**0.5, _normal(V, D), _normal(T, D, seed=2) / D**0.5)
+    cost = _cost(kind)
+    if isinstance(cost, DenseCost):
+        cost = DenseCost(cost.features.to(dtype).double())
+    return [each.to(dtype).double() for each in scaled], cost
+
+
 def _relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
@@ -314,12 +323,8 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("bound", "kind", "shape"), POSSIBLE)
 def test_lower_precision_stays_near(bound: Bound, kind: str, shape: str, dtype: torch.dtype, anchored: bool) -> None:
-    # What dtype can hold, at logits of deviation 1: it rounds them to a part in 256, whoever computes them.
-    scaled = (_normal(T, D) / D**0.5, _normal(V, D), _normal(T, D, seed=2) / D**0.5)
-    inputs = [each.to(dtype).double() for each in scaled]
-    target, cost = _target(shape), _cost(kind)
-    if isinstance(cost, DenseCost):
-        cost = DenseCost(cost.features.to(dtype).double())
+    inputs, cost = _held(dtype, kind)
+    target = _target(shape)
     results = []
     for exact in (False, True):
         hidden, weight, reference = (each if exact else each.float() for each in inputs)
@@ -547,11 +552,8 @@ def test_all_terms_compiled_are_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_gpu_gives_what_the_formula_gives(
     bound: Bound, kind: str, shape: str, head_trains: bool, anchored: bool, dtype: torch.dtype
 ) -> None:
-    scaled = (_normal(T, D) / D**0.5, _normal(V, D), _normal(T, D, seed=2) / D**0.5)
-    inputs = [each.to(dtype).double() for each in scaled]
-    target, cost = _target(shape), _cost(kind)
-    if isinstance(cost, DenseCost):
-        cost = DenseCost(cost.features.to(dtype).double())
+    inputs, cost = _held(dtype, kind)
+    target = _target(shape)
     results = []
     for exact in (False, True):
         hidden, weight, reference = (each.clone() if exact else each.to("cuda", dtype) for each in inputs)

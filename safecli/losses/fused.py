@@ -606,20 +606,25 @@ class _Chunks:
         apart = delta + (f_top - mu_q)
         values["emd"], direction = apart.square().sum(-1) / 2, -apart
         if self.bound == "covariance":
-            direction = self._covariance(target, f_top, support, delta, values)
+            direction = self._covariance(target, support, mu_q, f_top, delta, values)
         direction = (direction * (self.terms.get("emd") or 1.0)).to(self.low)
         return direction, (direction * mu_p).sum(-1, keepdim=True)
 
     def _covariance(
-        self, target: Target, f_top: Tensor, support: Tensor, delta: Tensor, values: dict[Term, Tensor]
+        self,
+        target: Target,
+        support: Tensor,
+        mu_q: Tensor,
+        f_top: Tensor,
+        delta: Tensor,
+        values: dict[Term, Tensor],
     ) -> Tensor:
         """What covariance adds to the value of centroid; minus its gradient with respect to mu_p, [t, k]."""
-        mu_p, mu_q = f_top + delta, (target.weights[..., None] * support).sum(1)
         spread_p = (-2 * (f_top * delta).sum(-1) - delta.square().sum(-1)).clamp(min=_NO_SPREAD).sqrt()
         spread_q = (target.weights * (support - mu_q[:, None]).square().sum(-1)).sum(-1).sqrt()
         values["emd"] += (spread_p - spread_q).square() / 2
         values["interval"] = spread_p * spread_q
-        return mu_q - (spread_q / spread_p)[:, None] * mu_p
+        return mu_q - (spread_q / spread_p)[:, None] * (f_top + delta)
 
     def _finish(self, here: _Softmax, target: Target | None, r: _Softmax | None, capped: Tensor | None) -> None:
         """What is left of dL/dz: the targets, the top entry as minus the sum of the others, and the soft cap."""

@@ -369,12 +369,15 @@ class TaSftTrainer(Trainer):  # type: ignore[misc]
         """The weighted unsafe term; the divergence from the reference, the EMD and its interval are noted."""
         options, target, anchor = self.options, Target(inputs["unsafe_ids"], inputs["unsafe_q"]), Reference(reference)
         strength, tightest = options.strength or 1.0, best_bound(target, self.cost)
+        interval: dict[Term, float] = {"interval": 0.0} if tightest == "covariance" else {}
         terms: dict[Term, float] = {"reverse_kl": float(bool(options.anchored)), "emd": strength}
         if options.loss != "emd":
             terms = dict.fromkeys(terms, 0.0)
+        if self.bound == tightest:
+            terms |= interval
         losses, values = linear_losses(hidden, self.head, terms, target, self.cost, self.bound, anchor)
-        if tightest != self.bound or tightest == "covariance":
-            looked: dict[Term, float] = {"emd": 0.0, "interval": 0.0} if tightest == "covariance" else {"emd": 0.0}
+        if self.bound != tightest:
+            looked: dict[Term, float] = {"emd": 0.0, **interval}
             with torch.no_grad():
                 values |= linear_losses(hidden, self.head, looked, target, self.cost, tightest)[1]
         for name, value in values.items():
