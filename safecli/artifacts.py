@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,6 +42,14 @@ def file_fingerprint(path: Path) -> str:
 def _content_hash(path: Path, _modified_ns: int, _size: int) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+
+def by_content(values: Mapping[str, Any]) -> dict[str, str]:
+    """What the values of options stand for: a file for what it holds, whatever its name."""
+    return {
+        key: file_fingerprint(value) if isinstance(value, Path) and value.is_file() else str(value)
+        for key, value in values.items()
+    }
 
 
 @contextmanager

@@ -350,6 +350,58 @@ def cost_quality(options: CostOptions, call: Call, pairs: Path | None) -> None:
     _show(call, "quality", asdict(stage.cost_quality(options, pairs, call.report)))
 
 
+FILE_OUT = (Annotated[Path, typer.Argument(help="File: .safetensors or .npz.", show_default=False)], ...)
+
+
+@command(cost_app, "export", CostOptions, "cost", {"file": FILE_OUT})
+def export_cost(options: CostOptions, call: Call, file: Path) -> None:
+    """Write a cost to a file of tensors, for other programs and for `cost import`."""
+    from safecli.stages import cost as stage
+
+    if call.dry_run:
+        _show(call, "would write", {"file": str(file), **options.model_dump(mode="json")})
+        return
+    _show(call, "exported", {"file": stage.export_cost(options, file, call.report)})
+
+
+FILE_IN = (Annotated[Path, typer.Argument(help="File: .safetensors, .npz or .npy.", show_default=False)], ...)
+
+
+@command(cost_app, "import", CostOptions, "cost", {"file": FILE_IN})
+def import_cost(options: CostOptions, call: Call, file: Path) -> None:
+    """Take a cost from a file of tensors; afterwards `train --cost file --cost-opt path=FILE` trains with it."""
+    from safecli.stages import cost as stage
+
+    options = options.model_copy(update={"cost": "file", "cost_opt": [f"path={file}"]})
+    if call.dry_run:
+        _show(call, "would import", options.model_dump(mode="json"))
+        return
+    _show(call, "imported", asdict(stage.build_cost(options, call.report)))
+
+
+@command(
+    cost_app,
+    "map",
+    CostOptions,
+    "cost",
+    {
+        "token": (
+            Annotated[list[str], typer.Option(help="A text that is one token, to colour by; repeatable.")],
+            [" good"],
+        ),
+        "out": (Annotated[Path, typer.Option(help="Page to write.")], Path("cost-map.html")),
+    },
+)
+def map_cost(options: CostOptions, call: Call, token: list[str], out: Path) -> None:
+    """Draw the vocabulary on a page that needs no network: searchable, coloured by cost to a token."""
+    from safecli.stages import cost as stage
+
+    if call.dry_run:
+        _show(call, "would draw", {"out": str(out), "token": token, **options.model_dump(mode="json")})
+        return
+    _show(call, "map", {"tokens": stage.map_cost(options, token, out, call.report), "page": out})
+
+
 @command(app, "train", TrainOptions, "train", COST_HELP)
 def train(options: TrainOptions, call: Call, cost_help: bool) -> None:
     """Train a LoRA adapter that moves away from the unsafe answers (TA-SFT)."""
@@ -569,6 +621,33 @@ def bench_bounds(
             return
         print_rows("bound over EMD, median", found["tightness"])
         print_rows("error of EMD with k directions", found["pca"])
+
+    with_errors(run, debug=False)
+
+
+@bench_app.command("cost")
+def bench_cost(
+    vocab: Annotated[int, typer.Option(min=1000, help="Tokens.")] = 128_256,
+    size: Annotated[int, typer.Option(min=2, help="Numbers in an embedding.")] = 384,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    runs: Annotated[int, typer.Option(min=1, help="Builds of each, and as many of its floor.")] = 1,
+    json: JsonFlag = False,
+) -> None:
+    """Build each cost, against the bare encoding or search that it can't do without, with peak memory."""
+
+    def run() -> None:
+        from safecli.bench.cost import cost
+        from safecli.console import TerminalReporter, print_json, print_rows
+
+        report = TerminalReporter()
+        try:
+            rows = cost(vocab, size, device, runs, report)
+        finally:
+            report.close()
+        if json:
+            print_json(rows)
+        else:
+            print_rows("cost", rows)
 
     with_errors(run, debug=False)
 

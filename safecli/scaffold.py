@@ -25,7 +25,8 @@ def write_plugin(kind: str, name: str, into: Path) -> Path:
     folder = into / f"safecli-cost-{dashed}"
     if folder.exists():
         raise InputError(f"{folder} is there already: choose another name, or --in another folder")
-    words = {"name": name, "dashed": dashed, "title": name.title().replace("_", ""), "version": __version__}
+    title, next_major = name.title().replace("_", ""), int(__version__.partition(".")[0]) + 1
+    words = {"name": name, "dashed": dashed, "title": title, "version": __version__, "next": str(next_major)}
     places = {
         "pyproject.toml": "pyproject.toml",
         "README.md": "README.md",

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from safecli.costs import Cost, CostBackend, DenseCost, Neighbours, Vocabulary
+from safecli.costs import Cost, CostBackend, DenseCost, Neighbours, SparseCost, Vocabulary
 from safecli.costs.build import read_cost, save_cost, vocabulary_fingerprint
+from safecli.costs.file import fault_of
 from safecli.losses import linear_emd
 
 _TEXT = (
@@ -40,7 +41,7 @@ def vocabulary() -> Vocabulary:
     return Vocabulary(wrapped, embeddings, torch.device("cpu"), embeddings)
 
 
-def _built(backend: type[CostBackend], options: dict[str, Any]) -> torch.Tensor | Neighbours:
+def _built(backend: type[CostBackend], options: dict[str, Any]) -> torch.Tensor | Neighbours | SparseCost:
     return backend(backend.Options(**options)).build(vocabulary(), lambda _: None)
 
 
@@ -50,10 +51,13 @@ def _kept(backend: type[CostBackend], options: dict[str, Any], folder: Path) -> 
 
 
 def check_shape(backend: type[CostBackend], options: dict[str, Any]) -> None:
-    """Floating features [V, k], or neighbours [V, K] with a ceiling."""
+    """Floating features [V, k], or neighbours [V, K] with a ceiling, or those in CSR form."""
     built = _built(backend, options)
     size = vocabulary().size
-    if isinstance(built, Neighbours):
+    if isinstance(built, SparseCost):
+        assert built.vocab == size, f"{built.vocab} rows of neighbours for {size} tokens"
+        assert not fault_of(built), fault_of(built)
+    elif isinstance(built, Neighbours):
         assert built.indices.shape == built.costs.shape, "indices and costs have different shapes"
         assert built.indices.shape[0] == size, f"{built.indices.shape[0]} rows of neighbours for {size} tokens"
         assert not built.indices.is_floating_point(), "indices are not integers"
@@ -70,7 +74,7 @@ def check_shape(backend: type[CostBackend], options: dict[str, Any]) -> None:
 def check_finite(backend: type[CostBackend], options: dict[str, Any]) -> None:
     """No NaN or infinity."""
     built = _built(backend, options)
-    values = built.costs if isinstance(built, Neighbours) else built
+    values = built if isinstance(built, torch.Tensor) else built.costs
     assert values.isfinite().all(), "NaN or infinity"
 
 
@@ -109,13 +113,14 @@ def check_unit_norm(backend: type[CostBackend], options: dict[str, Any]) -> None
 def check_determinism(backend: type[CostBackend], options: dict[str, Any]) -> None:
     """Built twice, the same."""
     first, second = _built(backend, options), _built(backend, options)
-    if isinstance(first, Neighbours) and isinstance(second, Neighbours):
-        assert torch.equal(first.indices, second.indices), "neighbours differ from one build to the next"
-        assert torch.equal(first.costs, second.costs), "costs differ from one build to the next"
-    else:
-        assert isinstance(first, torch.Tensor)
-        assert isinstance(second, torch.Tensor)
-        assert torch.equal(first, second), "features differ from one build to the next"
+    assert type(first) is type(second), "features once and neighbours once"
+    if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor):
+        assert torch.equal(torch.as_tensor(first), torch.as_tensor(second)), "features differ from build to build"
+        return
+    for name, value in vars(first).items():
+        other = getattr(second, name)
+        same = torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+        assert same, f"{name} differ from one build to the next"
 
 
 def check_input_is_left_alone(backend: type[CostBackend], options: dict[str, Any]) -> None:
@@ -133,6 +138,8 @@ def check_special_tokens(backend: type[CostBackend], options: dict[str, Any]) ->
     if isinstance(built, Neighbours):
         assert (built.indices[odd] == -1).all(), "special tokens have neighbours: give them -1"
         assert not odd[built.indices[built.indices >= 0]].any(), "special tokens are neighbours of words"
+    if isinstance(built, SparseCost):
+        assert (built.starts.diff()[odd] == 1).all(), "special tokens have neighbours beside themselves"
 
 
 def check_artefact(backend: type[CostBackend], options: dict[str, Any]) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_report import HOSTILE, answer
 from test_report import results as results  # the fixture
 
 from safecli.records import Row, read_jsonl
 from safecli.report import write_report
+from safecli.report.map import write_map
 from safecli.report.review import ReviewServer
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -80,3 +82,25 @@ def test_labels_are_made_by_keyboard(tab: Any, tmp_path: Path) -> None:
     assert [row["label"] for _, row in read_jsonl(tmp_path / "labels.jsonl")] == ["refused"]
     assert tab.logged == []
     assert all(asked.startswith(server.url) for asked in tab.asked)
+
+
+def test_the_map_of_hostile_tokens(tab: Any, tmp_path: Path) -> None:
+    texts = [f"{HOSTILE[n % len(HOSTILE)]} {n}" for n in range(3000)]
+    make = torch.Generator().manual_seed(0)
+    costs = {texts[0]: torch.rand(3000, generator=make) + 0.5, " good": torch.rand(3000, generator=make)}
+    costs[texts[0]][0] = 0
+    places = torch.randn(3000, 2, generator=make)
+    write_map(HOSTILE[0], "features", texts, range(3000), places, costs, tmp_path / "map.html")
+    tab.goto((tmp_path / "map.html").as_uri())
+    assert tab.locator("#rows tr").count() == 30
+    assert tab.locator("#rows tr").first.locator("td").nth(2).text_content() == "0.000"
+    tab.fill("#words", " 2999")
+    assert tab.locator("#found").text_content() == "1 found, 1 shown"
+    before = tab.evaluate("document.getElementById('map').toDataURL()")
+    tab.select_option("#chosen", "1")
+    assert tab.evaluate("document.getElementById('map').toDataURL()") != before
+    tab.locator("#map").hover()
+    assert "id " in tab.locator("#under").text_content()
+    assert serious(tab) == []
+    assert tab.logged == []
+    assert tab.asked == [(tmp_path / "map.html").as_uri()]

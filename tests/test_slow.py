@@ -1,14 +1,19 @@
 """The whole job on the real model, in small: what `make test-slow` runs."""
 
 import json
-from collections.abc import Callable
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import uvicorn
 from click.testing import Result
+from fastapi import FastAPI
 from transformers import AutoModelForCausalLM
 
 from safecli.config import ModelOptions
@@ -19,6 +24,7 @@ from safecli.stages import Reporter
 from safecli.stages.answers import load_judge
 from safecli.stages.probe import Guard
 
+wordllama = pytest.importorskip("wordllama")
 pytestmark = pytest.mark.slow
 
 Cli = Callable[..., Result]
@@ -156,11 +162,52 @@ def trained(run_cli: Cli, run: Path, *arguments: Any) -> list[dict[str, float]]:
     return rows
 
 
-@pytest.mark.parametrize("cost", ["token", "sentence", "faiss"])
-def test_every_cost_trains(run_cli: Cli, tmp_path: Path, records: Path, cost: str) -> None:
-    rows = trained(run_cli, tmp_path, "--unsafe", records, "--general", records, "--cost", cost, "--steps", 2)
-    assert len(rows) == 2
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """An embeddings server over OpenAI's protocol; its address."""
+    inside = Path(wordllama.__file__).parent  # it ships its weights, and looks for its tokenizer in another folder
+    reader, app = wordllama.WordLlama.load(cache_dir=inside, disable_download=True), FastAPI()
+
+    @app.post("/v1/embeddings")
+    def embeddings(asked: dict[str, Any]) -> dict[str, Any]:
+        vectors = reader.embed(asked["input"]).tolist()
+        data = [{"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(vectors)]
+        return {"object": "list", "model": asked["model"], "data": data}
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    while not running.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}/v1"
+    running.should_exit = True
+    thread.join()
+
+
+VECTORS = Path(__file__).parents[1] / "plugins" / "safecli-cost-vectors" / "tests" / "few.vec"
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [
+        "token",
+        "token:transform=whitened",
+        "sentence",
+        "faiss",
+        "mix:token=0.5,sentence=0.5",
+        f"vectors:path={VECTORS}",
+        "http:base_url={server}",
+    ],
+)
+def test_every_cost_trains(run_cli: Cli, tmp_path: Path, records: Path, cost: str, server: str) -> None:
+    chosen = cost.format(server=server)
+    rows = trained(run_cli, tmp_path, "--unsafe", records, "--general", records, "--cost", chosen, "--steps", 20)
+    assert len(rows) == 20
     assert all(0 < row["emd_unsafe"] < 2 for row in rows)
+    assert sum(row["emd_unsafe"] for row in rows[-6:]) > sum(row["emd_unsafe"] for row in rows[:6])
     assert not any("interval_unsafe" in row for row in rows)
 
 

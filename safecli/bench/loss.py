@@ -5,22 +5,19 @@ from __future__ import annotations
 import importlib.util
 import math
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from safecli.bench.memory import peak_rss, restart_peak
 from safecli.costs import DenseCost
 from safecli.errors import UsageError
 from safecli.losses import linear_cross_entropy, linear_emd
@@ -275,17 +272,6 @@ def _peak(case: Case, side: str, threads: int) -> int:
     run = {"ours": _ours, "plain": _plain}[side]
     run(_inputs(Case(case.device, case.dtype, 32, 64, case.d, case.k, case.bound)), case.bound)
     given = _inputs(case)
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
-    before = int(psutil.Process().memory_info().rss)
+    before = restart_peak()
     run(given, case.bound)
-    return max(0, _peak_rss() - before)
-
-
-def _peak_rss() -> int:
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return max(0, peak_rss() - before)

@@ -13,13 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from pydantic import BaseModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from safecli.artifacts import atomic
 
 
 @dataclass(frozen=True)
@@ -122,13 +126,51 @@ class Neighbours:
 class Vocabulary:
     """What a backend is given: the tokenizer, the model's token embeddings [V, d], the device, the odd tokens.
 
-    `output_embeddings` is the weight of the output head, the same tensor where both are tied.
+    `output_embeddings` is the weight of the output head, the same tensor where both are tied; `unfinished` the folder
+    for the parts of a build that are done.
     """
 
     tokenizer: Any
     embeddings: Tensor
     device: torch.device
     output_embeddings: Tensor
+    unfinished: Path | None = None
+
+    def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `make` gives, written down until the build is done, so that one that was killed goes on from there."""
+        if self.unfinished is None:
+            return make()
+        path = self.unfinished / f"{name}.safetensors"
+        if not path.exists():
+            with atomic(path) as beside:
+                save_file({key: value.contiguous() for key, value in make().items()}, beside)
+        return load_file(path)
+
+    def embedded(
+        self,
+        read: Callable[[list[str]], Any],
+        say: Callable[[str], None],
+        clean: Callable[[str], str] = str.strip,
+        at_once: int = 4096,
+    ) -> Tensor:
+        """Features [V, k] by what `read` makes of a list of texts [n, k], a tensor or an array: the tokens', cleaned.
+
+        Each text is read once, the shortest first, `at_once` at a time, and kept; a blank is a row of 0.
+        """
+        texts = [clean(text) for text in self.texts]
+        distinct = sorted({*texts} - {""}, key=lambda text: (len(text), text))
+
+        def read_part(part: list[str]) -> dict[str, Tensor]:
+            return {"read": torch.as_tensor(read(part)).float().cpu()}
+
+        parts = []
+        for start in range(0, len(distinct), at_once):
+            part = distinct[start : start + at_once]
+            parts.append(self.kept(f"texts-{start}", partial(read_part, part))["read"])
+            say(f"{start + len(part):,} of {len(distinct):,} texts embedded")
+        nothing = torch.zeros(1, parts[0].shape[1])
+        place = {text: index for index, text in enumerate([*distinct, ""])}
+        return torch.cat([*parts, nothing])[torch.tensor([place[text] for text in texts])]
 
     @property
     def size(self) -> int:
@@ -189,6 +231,6 @@ class CostBackend(Protocol):
 
     def __init__(self, options: BaseModel) -> None: ...
 
-    def build(self, vocabulary: Vocabulary, say: Callable[[str], None]) -> Tensor | Neighbours:
-        """Dense unit features [V, k] float32, or nearest neighbours; `say` reports progress."""
+    def build(self, vocabulary: Vocabulary, say: Callable[[str], None]) -> Tensor | Neighbours | SparseCost:
+        """Features [V, k], or nearest neighbours, symmetric already or not; `say` reports progress."""
         ...

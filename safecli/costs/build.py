@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from safecli.artifacts import atomic, fingerprint, locked, manifest, read_manifest, write_json
+from safecli.artifacts import atomic, by_content, fingerprint, locked, manifest, read_manifest, write_json
 from safecli.config import CostOptions, build, cache_dir
 from safecli.costs import (
     Cost,
@@ -27,7 +29,7 @@ from safecli.costs import (
 )
 from safecli.errors import InputError
 from safecli.models import LanguageModel
-from safecli.registry import COSTS, key_values, load_plugin
+from safecli.registry import COSTS, key_values, load_plugin, package_of, running
 
 logger = logging.getLogger(__name__)
 
@@ -51,20 +53,40 @@ def load_cost(
 ) -> tuple[Cost, Path]:
     """The cost that the options name, built when it isn't in the cache, and the folder that holds it."""
     backend_class, chosen = load_backend(options)
-    vocabulary = vocabulary_of(language_model)
-    embeddings, name = vocabulary.embeddings, options.cost.partition(":")[0]
+    vocabulary, name = vocabulary_of(language_model), options.cost.partition(":")[0]
+    with running(COSTS, name):
+        backend = backend_class(chosen)
     identity = {
         "backend": name,
-        "options": chosen.model_dump(mode="json"),
+        "package": package_of(COSTS, name),
+        "options": by_content(chosen.model_dump()),
         "vocabulary": vocabulary_fingerprint(vocabulary),
-        "embeddings": fingerprint(embeddings.shape, embeddings.flatten()[::997].tolist()),
+        "embeddings": fingerprint(
+            *(few(layer) for layer in (vocabulary.embeddings, vocabulary.output_embeddings)),
+        ),
     }
     folder = cache_dir() / "costs" / f"{name}-{fingerprint(identity)}"
     with locked(folder / ".lock", wait=True):
         if not (folder / "manifest.json").exists():
             say(f"building cost '{name}' for {vocabulary.size:,} tokens")
-            save_cost(folder, backend_class(chosen).build(vocabulary, say), vocabulary, identity)
+            with running(COSTS, name):
+                build_into(folder, backend, vocabulary, identity, say)
     return read_cost(folder, vocabulary), folder
+
+
+def few(layer: Tensor) -> tuple[Any, ...]:
+    """Enough of an embedding layer to know it by."""
+    return tuple(layer.shape), layer.flatten()[::997].tolist()
+
+
+def build_into(
+    folder: Path, backend: CostBackend, vocabulary: Vocabulary, identity: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    """Build a cost and keep it as an artefact; what a build that was killed had done is not done again."""
+    unfinished = folder / "unfinished"
+    built = backend.build(replace(vocabulary, unfinished=unfinished), say)
+    save_cost(folder, built, vocabulary, identity)
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def vocabulary_of(language_model: LanguageModel) -> Vocabulary:
@@ -81,16 +103,16 @@ def vocabulary_fingerprint(vocabulary: Vocabulary) -> str:
     return fingerprint(vocabulary.size, sorted(vocabulary.tokenizer.get_vocab().items(), key=lambda item: item[1]))
 
 
-def save_cost(folder: Path, built: Tensor | Neighbours, vocabulary: Vocabulary, identity: dict[str, Any]) -> None:
+def save_cost(
+    folder: Path, built: Tensor | Neighbours | SparseCost, vocabulary: Vocabulary, identity: dict[str, Any]
+) -> None:
     """Write a built cost as an artefact: features made unit, neighbours symmetric."""
+    measured = built.measured if isinstance(built, Neighbours) else {}
     if isinstance(built, Neighbours):
-        sparse = built.symmetric()
-        tensors = {"starts": sparse.starts, "neighbours": sparse.neighbours, "costs": sparse.costs}
-        result: dict[str, Any] = {
-            "kind": "sparse",
-            "ceiling": sparse.ceiling,
-            "entries": len(sparse.costs),
-        } | built.measured
+        built = built.symmetric()
+    if isinstance(built, SparseCost):
+        tensors = {"starts": built.starts, "neighbours": built.neighbours, "costs": built.costs}
+        result: dict[str, Any] = {"kind": "sparse", "ceiling": built.ceiling, "entries": len(built.costs)} | measured
     else:
         features = unit(built, vocabulary.meaningless).contiguous()
         tensors = {"features": features}

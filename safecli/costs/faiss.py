@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -50,9 +51,10 @@ class FaissCost:
         costs = torch.zeros(vocabulary.size, k)
         for start in range(0, len(meaningful), BATCH):
             rows = meaningful[start : start + BATCH]
-            similarity, found = (torch.from_numpy(part) for part in index.search(vectors[start : start + BATCH], k))
+            part = vocabulary.kept(f"neighbours-{start}", partial(_search, index, vectors[start : start + BATCH], k))
+            found = part["found"]
             indices[rows] = torch.where(found < 0, -1, meaningful[found])  # a graph may find fewer
-            costs[rows] = (1 - similarity).clamp(0, 2)
+            costs[rows] = (1 - part["similarity"]).clamp(0, 2)
             say(f"faiss cost: {start + len(rows):,} of {len(meaningful):,} tokens searched")
         mean = features[meaningful].double().mean(0)
         measured = {} if self.options.search == "exact" else {"recall": recall(index, vectors, k)}
@@ -73,6 +75,11 @@ class FaissCost:
             index.hnsw.efSearch = max(self.options.effort, self.options.k + 1)
         index.add(vectors)
         return index
+
+
+def _search(index: Any, vectors: np.ndarray, k: int) -> dict[str, torch.Tensor]:
+    similarity, found = index.search(vectors, k)
+    return {"similarity": torch.from_numpy(similarity), "found": torch.from_numpy(found)}
 
 
 def recall(index: Any, vectors: np.ndarray, k: int) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat
 from torch import Tensor
 
-from safecli.costs import Neighbours, Vocabulary, unit
+from safecli.costs import Vocabulary, unit
 from safecli.errors import UsageError
 from safecli.registry import COSTS, load_plugin
 
@@ -41,8 +42,9 @@ class MixCost:
         parts = []
         for name, weight in self.options.of.items():
             backend = load_plugin(COSTS, name)
-            built = backend(backend.Options()).build(vocabulary, say)
-            if isinstance(built, Neighbours):
+            own = vocabulary.unfinished and vocabulary.unfinished / name
+            built = backend(backend.Options()).build(replace(vocabulary, unfinished=own), say)
+            if not isinstance(built, Tensor):
                 raise UsageError(
                     f"cost 'mix' needs backends with features, and '{name}' gives neighbours: leave it out"
                 )

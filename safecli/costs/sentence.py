@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -28,7 +27,7 @@ class SentenceCost:
         self.options = options
 
     def build(self, vocabulary: Vocabulary, say: Callable[[str], None]) -> Tensor:
-        """Sentence embeddings [V, k] of the stripped token texts."""
+        """Sentence embeddings [V, k] of the token texts, stripped and in lower case."""
         from sentence_transformers import SentenceTransformer
 
         source = self.options.encoder or minilm()
@@ -36,16 +35,11 @@ class SentenceCost:
             encoder = SentenceTransformer(source, device=str(vocabulary.device))
         except Exception as error:
             raise MissingError(f"the sentence model {source} can't be loaded: {MINILM_INSTALL}") from error
-        texts = [text.strip().casefold() for text in vocabulary.texts]
-        unique = sorted(set(texts), key=lambda text: (len(text), text))
-        parts = []
-        for start in range(0, len(unique), 4096):
-            batch = [self.options.template.replace("{token}", text) for text in unique[start : start + 4096]]
-            parts.append(
-                encoder.encode(
-                    batch, batch_size=self.options.batch_size, convert_to_tensor=True, show_progress_bar=False
-                ).cpu()
-            )
-            say(f"sentence cost: {min(start + 4096, len(unique)):,} of {len(unique):,} texts embedded")
-        position = {text: index for index, text in enumerate(unique)}
-        return torch.cat(parts)[torch.tensor([position[text] for text in texts])]
+        size, template = self.options.batch_size, self.options.template
+
+        def read(texts: list[str]) -> Tensor:
+            framed = [template.replace("{token}", text) for text in texts]
+            made: Tensor = encoder.encode(framed, batch_size=size, convert_to_tensor=True, show_progress_bar=False)
+            return made
+
+        return vocabulary.embedded(read, say, lambda text: text.strip().casefold())

@@ -10,14 +10,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from safecli.artifacts import file_fingerprint, fingerprint, read_json, write_json
+from safecli.artifacts import by_content, fingerprint, read_json, write_json
 from safecli.config import GenerateOptions, build
 from safecli.errors import InputError
 from safecli.generation import Request, fitting_batch, halving
 from safecli.judges import Judge, Pair
 from safecli.models import LanguageModel
 from safecli.records import Prompt, Response, append, read_responses, truncate_to_whole, usable
-from safecli.registry import JUDGES, key_values, load_plugin
+from safecli.registry import JUDGES, key_values, load_plugin, running
 from safecli.stages import Reporter
 
 WAVES = 3
@@ -42,18 +42,19 @@ def judge_options(name: str, chosen: Sequence[str] = ()) -> tuple[type[Judge], B
 
 
 def load_judge(name: str, chosen: Sequence[str] = ()) -> Judge:
-    """The judge plugin of that name with the options chosen."""
+    """The judge plugin of that name with the options chosen; what it raises is reported as its own."""
     judge_class, options = judge_options(name, chosen)
-    return judge_class(options)
+    with running(JUDGES, name):
+        judge = judge_class(options)
+    for method in ("judge", "prompt_risk"):
+        if hasattr(judge, method):
+            setattr(judge, method, running(JUDGES, name)(getattr(judge, method)))
+    return judge
 
 
 def judge_identity(name: str, chosen: Sequence[str] = ()) -> dict[str, Any]:
     """What a judge's verdicts depend on: its name and options, files among them by their content."""
-    values = {"judge": name, **judge_options(name, chosen)[1].model_dump()}
-    return {
-        key: file_fingerprint(value) if isinstance(value, Path) and value.is_file() else str(value)
-        for key, value in values.items()
-    }
+    return by_content({"judge": name, **judge_options(name, chosen)[1].model_dump()})
 
 
 def checked(

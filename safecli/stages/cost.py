@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from safecli.artifacts import read_manifest
 from safecli.config import CostOptions
-from safecli.costs import Cost, DenseCost
+from safecli.costs import Cost, DenseCost, unit
 from safecli.costs.build import load_backend, load_cost, vocabulary_of
+from safecli.costs.file import write_tensors
 from safecli.errors import InputError, MissingError, UsageError
 from safecli.models import LanguageModel, load_model, package_folder
+from safecli.report.map import write_map
 from safecli.stages import Reporter, inherit_model
 
 CONTRASTS = (
@@ -93,12 +96,15 @@ class Quality:
     contrasts: dict[str, float]
 
 
+def _loaded(options: CostOptions, report: Reporter) -> tuple[LanguageModel, Cost, Path]:
+    load_backend(options)
+    model = load_model(inherit_model(options, report))
+    return model, *load_cost(options, model, report.say)
+
+
 def build_cost(options: CostOptions, report: Reporter | None = None) -> Built:
     """Build the cost that the options name, or find it in the cache."""
-    report = report or Reporter()
-    load_backend(options)
-    options = inherit_model(options, report)
-    cost, folder = load_cost(options, load_model(options), report.say)
+    _, cost, folder = _loaded(options, report or Reporter())
     size = (folder / "cost.safetensors").stat().st_size / 2**20
     made = read_manifest(folder / "manifest.json", "cost")["result"]
     looked = (made.get(name) for name in ("anisotropy", "hubness", "recall"))
@@ -107,11 +113,7 @@ def build_cost(options: CostOptions, report: Reporter | None = None) -> Built:
 
 def show_cost(options: CostOptions, token: str, count: int, report: Reporter | None = None) -> Neighbourhood:
     """The `count` nearest and farthest tokens of `token`; `UsageError` if it is not one token."""
-    report = report or Reporter()
-    load_backend(options)
-    options = inherit_model(options, report)
-    model = load_model(options)
-    cost, _ = load_cost(options, model, report.say)
+    model, cost, _ = _loaded(options, report or Reporter())
     row = cost.rows(torch.tensor([token_id(model, token)]))[0]
     order = row.argsort(stable=True).tolist()
 
@@ -119,6 +121,40 @@ def show_cost(options: CostOptions, token: str, count: int, report: Reporter | N
         return [(model.tokenizer.decode([index]), round(float(row[index]), 4)) for index in indices]
 
     return Neighbourhood(token, named(order[:count]), named(order[::-1][:count]))
+
+
+def export_cost(options: CostOptions, path: Path, report: Reporter | None = None) -> Path:
+    """Write the cost that the options name to a `.safetensors` or `.npz` file, building it first where need be."""
+    model, cost, _ = _loaded(options, report or Reporter())
+    write_tensors(cost, vocabulary_of(model), path)
+    return path
+
+
+def map_cost(options: CostOptions, texts: list[str], path: Path, report: Reporter | None = None) -> int:
+    """Write a page with the vocabulary in the plane, coloured by cost to each of `texts`; how many tokens are on it.
+
+    The plane is that of the cost's features, or where it has none, of the model's own token embeddings.
+    Errors: `UsageError` for a text that is not one token.
+    """
+    model, cost, _ = _loaded(options, report or Reporter())
+    vocabulary = vocabulary_of(model)
+    known = (~vocabulary.meaningless).nonzero()[:, 0]
+    chosen = {text: cost.rows(torch.tensor([token_id(model, text)]))[0, known] for text in texts}
+    names = [vocabulary.texts[index] for index in known.tolist()]
+    if isinstance(cost, DenseCost):
+        basis, features = "the cost's features", cost.features
+    else:
+        basis, features = "the model's token embeddings", unit(vocabulary.embeddings, vocabulary.meaningless)
+    write_map(f"Cost {options.cost}", basis, names, known.tolist(), plane(features[known]), chosen, path)
+    return len(known)
+
+
+def plane(features: Tensor) -> Tensor:
+    """The first two principal components of features [n, k]: [n, 2]."""
+    centred = features.double() - features.double().mean(0)
+    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors
+    components: Tensor = centred @ directions[:, [-1, -2]]
+    return components
 
 
 def token_id(model: LanguageModel, token: str) -> int:
@@ -186,13 +222,9 @@ def cost_quality(options: CostOptions, pairs: Path | None, report: Reporter | No
     """
     from scipy.stats import spearmanr
 
-    report = report or Reporter()
-    load_backend(options)
     path = pairs or _wordsim()
     rated = read_pairs(path)
-    options = inherit_model(options, report)
-    model = load_model(options)
-    cost, _ = load_cost(options, model, report.say)
+    model, cost, _ = _loaded(options, report or Reporter())
     known = (~vocabulary_of(model).meaningless).nonzero()[:, 0]
     few = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(0))[:ROWS]]
 

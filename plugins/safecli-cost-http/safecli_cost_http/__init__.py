@@ -37,21 +37,13 @@ class HttpCost:
         Errors: `MissingError` (no server, no such model, no right to it), `RunError` (an answer that can't be right).
         """
         options = self.options
-        words = [text.strip() for text in vocabulary.texts]
-        asked = sorted({word for word in words if word}, key=lambda word: (len(word), word))
         client = openai.OpenAI(
             base_url=options.base_url,
             api_key=os.environ.get(options.key) or "none",
             timeout=options.timeout,
             max_retries=options.retries,
         )
-        found: dict[str, Tensor] = {}
-        for start in range(0, len(asked), options.batch_size):
-            batch = asked[start : start + options.batch_size]
-            found |= zip(batch, self._embedded(client, batch), strict=True)
-            say(f"http cost: {len(found):,} of {len(asked):,} texts embedded")
-        nothing = torch.zeros_like(found[asked[0]])
-        return torch.stack([found.get(word, nothing) for word in words])
+        return vocabulary.embedded(lambda batch: self._embedded(client, batch), say, at_once=options.batch_size)
 
     def _embedded(self, client: openai.OpenAI, batch: list[str]) -> Tensor:
         where = f"{self.options.base_url}, model '{self.options.model}'"
