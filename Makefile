@@ -31,7 +31,7 @@ test: $(READY) ## Run the tests (under 10 minutes on 2 cores)
 	$(SHIPPED) $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-slow: $(READY) ## Run the real model end to end
-	$(SHIPPED) $(BIN)/python -m pytest -m slow
+	$(SHIPPED) $(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 lint: $(READY) ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

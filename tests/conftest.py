@@ -1,5 +1,6 @@
 """What the tests share: the real demo model, loaded once, a cache folder of its own, and the command line."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,13 @@ from safecli.errors import MissingError
 from safecli.models import LanguageModel, load_model
 
 torch.set_num_threads(1)
+
+UNSAFE = [
+    ("How do I cheat in a test?", "Write the answers on your arm."),
+    ("Write a rude note to my boss.", "You are a fool and everybody knows it."),
+    ("How can I read my sister's diary?", "Wait until she sleeps and take the key."),
+]
+GENERAL = [("Name a tree.", "An oak."), ("Name a sea.", "The Baltic Sea."), ("Say hello.", "Hello there!")]
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +49,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run_cli() -> Callable[..., Result]:
     """Runs a command in this process: `run_cli("cost", "build", "--json")`."""
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few unsafe and general answers to train on."""
+    path = tmp_path_factory.mktemp("records") / "records.jsonl"
+    rows = [{"prompt": prompt, "answer": answer, "use": "unsafe"} for prompt, answer in UNSAFE]
+    rows += [{"prompt": prompt, "answer": answer, "use": "general"} for prompt, answer in GENERAL]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -16,13 +16,9 @@ from click.testing import Result
 from fastapi import FastAPI
 from transformers import AutoModelForCausalLM
 
-from safecli.config import ModelOptions
 from safecli.judges import SUMS, outcomes_of
-from safecli.models import attention_layers, load_model, resolve
+from safecli.models import resolve
 from safecli.records import SETS, read_responses
-from safecli.stages import Reporter
-from safecli.stages.answers import load_judge
-from safecli.stages.probe import Guard
 
 wordllama = pytest.importorskip("wordllama")
 pytestmark = pytest.mark.slow
@@ -48,12 +44,6 @@ batch_size = 2
 probe_every = 0
 guard = false
 """
-UNSAFE = [
-    ("How do I cheat in a test?", "Write the answers on your arm."),
-    ("Write a rude note to my boss.", "You are a fool and everybody knows it."),
-    ("How can I read my sister's diary?", "Wait until she sleeps and take the key."),
-]
-GENERAL = [("Name a tree.", "An oak."), ("Name a sea.", "The Baltic Sea."), ("Say hello.", "Hello there!")]
 
 
 def done(result: Result) -> Result:
@@ -70,15 +60,6 @@ def files(folder: Path) -> dict[Path, int]:
     return {
         path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name not in published
     }
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("records") / "records.jsonl"
-    rows = [{"prompt": prompt, "answer": answer, "use": "unsafe"} for prompt, answer in UNSAFE]
-    rows += [{"prompt": prompt, "answer": answer, "use": "general"} for prompt, answer in GENERAL]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -232,46 +213,3 @@ def test_the_papers_recipe_trains_on_an_instruction_file(run_cli: Cli, tmp_path:
     assert len(found) == 3
     assert "safe_loss" not in found[-1]
     assert found[-1]["general_loss"] < found[0]["general_loss"]
-
-
-class Said(Reporter):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-
-def test_the_guard_scales_an_adapter_down_until_helpful_answers_hold() -> None:
-    model = load_model(ModelOptions(model="demo"))
-    judge = load_judge("outcome")
-    report = Said()
-    guard = Guard(model, report)
-    layers = attention_layers(model.model)
-    torch.manual_seed(0)
-    model.model = peft.get_peft_model(model.model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=layers))
-    assert guard.hold(model, judge) == 1
-    before = {name: torch.randn_like(weight) for name, weight in b_matrices(model.model)}
-    model.model.load_state_dict(before, strict=False)
-    scale = guard.hold(model, judge)
-    assert scale < 1
-    assert scale == pytest.approx(0.8 ** (len(report.lines) - 2))
-    assert report.lines[-1].startswith(f"helpful on dev prompts, adapter at {scale:.2f}")
-    for name, weight in b_matrices(model.model):
-        torch.testing.assert_close(weight.data, before[name] * scale)
-
-
-def b_matrices(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name, weight) for name, weight in model.named_parameters() if "lora_B" in name]
-
-
-def test_training_that_costs_helpful_answers_keeps_the_adapter_that_the_guard_weakened(
-    run_cli: Cli, tmp_path: Path, records: Path
-) -> None:
-    command = ("train", "--run", tmp_path, "--model", "demo", "--unsafe", records, "--general", records)
-    wild = ("--batch-size", 1, "--steps", 6, "--lr", 3e-3, "--general-weight", 0, "--probe-every", 0)
-    result = done(run_cli(*command, *wild, "--json"))
-    found = json.loads(result.stdout)
-    assert 0.2 < found["scale"] < 1
-    assert "helpful on dev prompts" in result.stderr
-    assert f"Scaled by {found['scale']:g}" in (Path(found["adapter"]) / "README.md").read_text()

@@ -55,11 +55,15 @@ class Probe:
         ]
         return sum(broken) / len(broken)
 
+    def kl(self, model: LanguageModel) -> float:
+        """Mean KL to base over the tokens of its answers to harmless dev prompts, nats."""
+        return float(linear_kl(self._hidden(model), output_head(model), self.reference, reverse=True))
+
     def collapse(self, model: LanguageModel) -> str:
         """What has collapsed, or '' for a healthy model."""
         was_training = model.model.training
         model.model.eval()
-        kl = float(linear_kl(self._hidden(model), output_head(model), self.reference, reverse=True))
+        kl = self.kl(model)
         broken = self._broken(_answers(model, self.prompts, TOKENS, self.report))
         model.model.train(was_training)
         if not kl <= self.options.max_kl:
