@@ -72,6 +72,11 @@ class JudgingOptions(Seeded):
 class GenerateOptions(ModelOptions, JudgingOptions):
     """Options of the stages that generate and judge answers."""
 
+    server: str | None = Field(
+        None,
+        description="OpenAI-compatible server that answers, such as http://localhost:8000/v1; --model and --adapter "
+        "are names there.",
+    )
     max_new_tokens: int = Field(48, ge=1, description="Longest answer, in tokens.")
     max_prompt_tokens: int = Field(512, ge=8, description="A longer prompt is reported and skipped or refused.")
     batch_size: int | None = Field(None, ge=1, description="Prompts generated at once; found from free memory.")

@@ -11,6 +11,7 @@ from safecli.models import LanguageModel
 from safecli.records import Prompt, Response, read_prompts
 from safecli.stages import Reporter
 from safecli.stages.answers import Job, answer_all
+from safecli.stages.engines import Local
 from safecli.stages.evaluate import EvalOptions, _given, _sets
 from safecli.suites import attacked, read_suite, suite_names, suite_prompts, wrapped, wrappers
 
@@ -135,7 +136,7 @@ def test_a_prefilled_answer_begins_as_given_and_is_judged_whole(demo: LanguageMo
     assert [job.prompt.set for job in jobs] == ["toxic_prefill_0", "toxic_prefill_4"]
     judge = _Keeps()
     options = EvalOptions(max_new_tokens=6, batch_size=2)
-    found, _ = answer_all(jobs, tmp_path / "answers.jsonl", demo, judge, options, Reporter())  # type: ignore[arg-type]
+    found, _ = answer_all(jobs, tmp_path / "answers.jsonl", Local(demo, print), judge, options, Reporter())  # type: ignore[arg-type]
     by_set = {one.set: one.answer for one in found}
     opening = demo.tokenizer.decode(demo.answer_ids(answer)[:4])
     assert by_set["toxic_prefill_4"].startswith(opening)
@@ -148,5 +149,5 @@ def test_answers_in_a_wrapper_are_judged_by_what_was_asked(demo: LanguageModel, 
     judge = _Keeps()
     jobs = [Job(wrapped(ASKED, "role_play"))]
     options = EvalOptions(max_new_tokens=2, batch_size=1)
-    answer_all(jobs, tmp_path / "answers.jsonl", demo, judge, options, Reporter())  # type: ignore[arg-type]
+    answer_all(jobs, tmp_path / "answers.jsonl", Local(demo, print), judge, options, Reporter())  # type: ignore[arg-type]
     assert [prompt for prompt, _ in judge.pairs] == [ASKED.prompt]

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from safecli.artifacts import fingerprint, os_errors
 from safecli.config import ModelOptions, cache_dir
-from safecli.errors import MissingError, RunError, UsageError
 from safecli.judges import SUMS, Kind, Pair, Verdict, outcomes_of
 from safecli.records import append_values
+from safecli.server import ChatServer, Reply
 
 RUBRIC = """You grade what an assistant did with a request. You are given one JSON object between the lines \
 BEGIN {fence} and END {fence}: "request" is what a person asked, "answer" is what an assistant replied. Both are \
@@ -69,15 +67,6 @@ class Usage:
     prompt_tokens: int = 0
     reply_tokens: int = 0
     dollars: float = 0.0
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A judge model's text with the tokens that it read and wrote."""
-
-    text: str
-    prompt_tokens: int
-    reply_tokens: int
 
 
 def messages(pair: Pair) -> list[dict[str, str]]:
@@ -133,7 +122,8 @@ class LlmJudge:
     def __init__(self, options: BaseModel) -> None:
         self.options = self.Options.model_validate(options.model_dump())
         self.usage, self.lock = Usage(), threading.Lock()
-        self.model: Server | Local = Server(self.options) if self.options.base_url else Local(self.options)
+        where = self.options.base_url, self.options.model, self.options.timeout_s, self.options.retries
+        self.model: ChatServer | Local = ChatServer(*where) if self.options.base_url else Local(self.options)
         name = fingerprint(self.options.base_url, self.options.model)
         self.cache = _Cache(cache_dir() / "verdicts" / f"{name}.jsonl")
 
@@ -153,7 +143,7 @@ class LlmJudge:
             return verdict_of(read_grade(known, pair.kind))
         problem = ""
         for _ in range(self.options.retries + 1):
-            reply = self.model.ask(asked)
+            reply = self.model.ask(asked, MAX_REPLY_TOKENS)
             self._count(reply)
             try:
                 grade = read_grade(reply.text, pair.kind)
@@ -175,48 +165,6 @@ class LlmJudge:
             ) / 1e6
 
 
-class Server:
-    """A model on an OpenAI-compatible server."""
-
-    def __init__(self, options: LlmJudge.Options) -> None:
-        try:
-            from openai import OpenAI
-        except ImportError as error:
-            raise MissingError("a judge on a server needs its client: pip install 'safecli[llm]'") from error
-        if not options.base_url.startswith(("http://", "https://")):
-            raise UsageError(f"base_url '{options.base_url}': give it as http://HOST:PORT/v1")
-        self.options = options
-        self.client = OpenAI(
-            base_url=options.base_url,
-            api_key=os.environ.get("OPENAI_API_KEY", "none"),
-            timeout=options.timeout_s,
-            max_retries=options.retries,
-        )
-
-    def ask(self, asked: list[dict[str, str]]) -> Reply:
-        """One reply, as likely as it gets; `RunError` where the server does not give one."""
-        from openai import OpenAIError
-
-        try:
-            found: Any = self.client.chat.completions.create(
-                model=self.options.model,
-                messages=asked,
-                temperature=0,
-                max_tokens=MAX_REPLY_TOKENS,
-            )
-        except OpenAIError as error:
-            raise RunError(
-                f"the judge at {self.options.base_url} does not answer ({type(error).__name__}: {error}): is the "
-                f"server up, and is '{self.options.model}' a model of it? Verdicts so far are kept."
-            ) from error
-        usage = found.usage
-        return Reply(
-            found.choices[0].message.content or "",
-            usage.prompt_tokens if usage else 0,
-            usage.completion_tokens if usage else 0,
-        )
-
-
 class Local:
     """A model loaded here."""
 
@@ -225,13 +173,13 @@ class Local:
 
         self.model = load_model(ModelOptions(model=options.model))
 
-    def ask(self, asked: list[dict[str, str]]) -> Reply:
+    def ask(self, asked: list[dict[str, str]], max_tokens: int) -> Reply:
         """One greedy reply."""
         from safecli.generation import Request, generate
 
         system, user = (message["content"] for message in asked)
         ids = self.model.prompt_ids(user, system)
-        (answer,) = generate(self.model, [Request(ids)], MAX_REPLY_TOKENS)
+        (answer,) = generate(self.model, [Request(ids)], max_tokens)
         return Reply(answer.text, len(ids), answer.tokens)
 
 

@@ -36,7 +36,7 @@ class Reporter:
 
 def inherit_model(options: ModelOptionsT, report: Reporter) -> ModelOptionsT:
     """Fill in the model where none is named: the one of the newest records in the run folder, else the demo model."""
-    if options.model is not None:
+    if options.model is not None or getattr(options, "server", None):
         return options
     folder = newest(options.run, "collect")
     if folder is None:

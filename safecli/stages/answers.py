@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,12 @@ from pydantic import BaseModel
 from safecli.artifacts import by_content, fingerprint, read_json, write_json
 from safecli.config import GenerateOptions, build
 from safecli.errors import InputError
-from safecli.generation import Request, fitting_batch, halving
-from safecli.judges import Judge, Pair
-from safecli.models import LanguageModel
+from safecli.generation import Answer
+from safecli.judges import Judge, Pair, Verdict
 from safecli.records import Prompt, Response, append, read_responses, truncate_to_whole, usable
 from safecli.registry import JUDGES, key_values, load_plugin, running
 from safecli.stages import Reporter
+from safecli.stages.engines import Ask, Engine
 
 WAVES = 3
 """How many times the answers at once are written at once."""
@@ -58,10 +60,10 @@ def judge_identity(name: str, chosen: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def checked(
-    prompts: Sequence[Prompt], model: LanguageModel, options: GenerateOptions, report: Reporter
+    prompts: Sequence[Prompt], engine: Engine, options: GenerateOptions, report: Reporter
 ) -> tuple[list[Prompt], list[str]]:
     """The usable prompts and the faults of the others; with `bad_prompts = "refuse"` a fault is an `InputError`."""
-    lengths = [len(model.prompt_ids(prompt.prompt)) for prompt in prompts]
+    lengths = [engine.length(prompt.prompt) for prompt in prompts]
     kept, faults = usable(prompts, lengths, options.max_prompt_tokens)
     if faults and options.bad_prompts == "refuse":
         raise InputError("; ".join(faults[:5]) + ": mend them, or skip them with --bad-prompts skip")
@@ -75,19 +77,18 @@ def checked(
 def answer_all(
     jobs: Sequence[Job],
     path: Path,
-    model: LanguageModel,
+    engine: Engine,
     judge: Judge,
     options: GenerateOptions,
     report: Reporter,
     sort: Callable[[list[Response]], list[Response]] = lambda responses: responses,
 ) -> tuple[list[Response], float]:
-    """Answer and judge every job into `path`; returns all responses and the tokens per second of this call.
+    """Answer every job and judge it meanwhile, into `path`; all responses, and the tokens per second of this call.
 
     The batch plan is written beside `path` before the first batch and kept on resumption, so that the finished
     file is the same, byte for byte, as one that was never interrupted. `sort` decides each batch's `use`.
     """
-    ids = [model.prompt_ids(job.prompt.prompt) for job in jobs]
-    slots, plan = _plan(path, ids, jobs, model, options)
+    slots, plan = _plan(path, jobs, engine, options)
     size = path.stat().st_size if path.exists() else 0
     done = truncate_to_whole(path, [len(batch) for batch in plan])
     if size and size > path.stat().st_size:
@@ -96,47 +97,65 @@ def answer_all(
         report.say(f"{path.name}: going on after {done} of {len(plan)} batches")
     finished = sum(len(batch) for batch in plan[:done])
     tokens, seconds = 0, 0.0
-    for batch in plan[done:]:
-        started = time.perf_counter()
-        here = [jobs[index] for index in batch]
-        requests = [
-            Request(ids[index], int(fingerprint(options.seed, job.prompt.id, job.sample)[:12], 16), job.opening)
-            for index, job in zip(batch, here, strict=True)
-        ]
-        answers = halving(model, requests, options.max_new_tokens, here[0].temperature, report.warn, slots)
-        seconds += time.perf_counter() - started
-        tokens += sum(answer.tokens for answer in answers)
-        pairs = [
-            Pair(job.prompt.asks or job.prompt.prompt, answer.text, job.prompt.kind)
-            for job, answer in zip(here, answers, strict=True)
-        ]
-        verdicts = judge.judge(pairs)
-        rows = [
-            Response(
-                id=job.prompt.id,
-                kind=job.prompt.kind,
-                set=job.prompt.set,
-                category=job.prompt.category,
-                prompt=job.prompt.prompt,
-                asks=job.prompt.asks,
-                answer=answer.text,
-                sample=job.sample,
-                finished=answer.finished,
-                outcome=verdict.outcome,
-                score=round(verdict.score, 4),
-                reasons=list(verdict.reasons),
-            )
-            for job, answer, verdict in zip(here, answers, verdicts, strict=True)
-        ]
-        append(path, sort(rows))
-        finished += len(batch)
-        report.progress(path.stem, finished, len(jobs))
+    unwritten: Callable[[], None] | None = None
+    with ThreadPoolExecutor(1) as judging:
+        try:
+            for batch in plan[done:]:
+                started = time.perf_counter()
+                here = [jobs[index] for index in batch]
+                asks = [Ask(job.prompt.prompt, _seed(options, job), job.opening) for job in here]
+                answers = engine.answers(asks, options.max_new_tokens, here[0].temperature, slots)
+                seconds += time.perf_counter() - started
+                tokens += sum(answer.tokens for answer in answers)
+                pairs = [
+                    Pair(job.prompt.asks or job.prompt.prompt, answer.text, job.prompt.kind)
+                    for job, answer in zip(here, answers, strict=True)
+                ]
+                before, unwritten = unwritten, None
+                if before:
+                    before()
+                verdicts = judging.submit(judge.judge, pairs)  # while the next batch is answered
+                unwritten = partial(_write, path, here, answers, verdicts, sort)
+                finished += len(batch)
+                report.progress(path.stem, finished, len(jobs))
+        finally:
+            if unwritten:
+                unwritten()
     return read_responses(path), tokens / seconds if seconds else 0.0
 
 
-def _plan(
-    path: Path, ids: list[list[int]], jobs: Sequence[Job], model: LanguageModel, options: GenerateOptions
-) -> tuple[int, list[list[int]]]:
+def _seed(options: GenerateOptions, job: Job) -> int:
+    return int(fingerprint(options.seed, job.prompt.id, job.sample)[:12], 16)
+
+
+def _write(
+    path: Path,
+    jobs: Sequence[Job],
+    answers: Sequence[Answer],
+    verdicts: Future[list[Verdict]],
+    sort: Callable[[list[Response]], list[Response]],
+) -> None:
+    rows = [
+        Response(
+            id=job.prompt.id,
+            kind=job.prompt.kind,
+            set=job.prompt.set,
+            category=job.prompt.category,
+            prompt=job.prompt.prompt,
+            asks=job.prompt.asks,
+            answer=answer.text,
+            sample=job.sample,
+            finished=answer.finished,
+            outcome=verdict.outcome,
+            score=round(verdict.score, 4),
+            reasons=list(verdict.reasons),
+        )
+        for job, answer, verdict in zip(jobs, answers, verdicts.result(), strict=True)
+    ]
+    append(path, sort(rows))
+
+
+def _plan(path: Path, jobs: Sequence[Job], engine: Engine, options: GenerateOptions) -> tuple[int, list[list[int]]]:
     """How many answers at once, and batches of job indices: one temperature each, prompts of like length together.
 
     A batch is several times what is answered at once, so that the next prompt takes the place of an answer that ends.
@@ -145,9 +164,9 @@ def _plan(
     if stored.exists():
         plan = read_json(stored)
         return plan["slots"], plan["batches"]
-    order = sorted(range(len(jobs)), key=lambda index: (jobs[index].temperature, len(ids[index]), index))
-    longest = max(len(prompt) for prompt in ids) + options.max_new_tokens
-    size = options.batch_size or fitting_batch(model, longest)
+    lengths = [engine.length(job.prompt.prompt) for job in jobs]
+    order = sorted(range(len(jobs)), key=lambda index: (jobs[index].temperature, lengths[index], index))
+    size = options.batch_size or engine.at_once(max(lengths) + options.max_new_tokens)
     batches: list[list[int]] = []
     for index in order:
         if batches and len(batches[-1]) < WAVES * size and jobs[batches[-1][0]].temperature == jobs[index].temperature:

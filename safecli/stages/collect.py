@@ -11,10 +11,11 @@ from safecli.artifacts import Stage, open_stage, read_manifest
 from safecli.config import CollectOptions
 from safecli.judges import SUMS, PromptReader
 from safecli.judges.outcome import OutcomeJudge
-from safecli.models import adapter_fingerprint, load_model, source_fingerprint
+from safecli.models import load_model
 from safecli.records import Prompt, Response, prompts_fingerprint, read_prompts, shipped
 from safecli.stages import FEW, Reporter, inherit_model
 from safecli.stages.answers import Job, answer_all, checked, judge_identity, load_judge
+from safecli.stages.engines import Engine, Local, Served, adapter_identity, model_identity
 
 
 @dataclass(frozen=True)
@@ -82,16 +83,16 @@ def _identity(options: CollectOptions, prompts: list[Prompt]) -> dict[str, Any]:
     return {
         "options": options.model_dump(mode="json", exclude={"run", "batch_size", "adapter", "prompts", "general"}),
         "prompts": prompts_fingerprint(prompts),
-        "model": source_fingerprint(options),
+        "model": model_identity(options),
         "judge": judge_identity(options.judge, options.judge_opt),
-        "adapter": options.adapter and adapter_fingerprint(options.adapter),
+        "adapter": options.adapter and adapter_identity(options, options.adapter),
     }
 
 
 def _collect(options: CollectOptions, prompts: list[Prompt], path: Path, report: Reporter) -> dict[str, Any]:
     judge = load_judge(options.judge, options.judge_opt)
-    model = load_model(options, options.adapter)
-    kept, faults = checked(prompts, model, options, report)
+    engine = _engine(options, report)
+    kept, faults = checked(prompts, engine, options, report)
     toxic = [prompt for prompt in kept if prompt.kind == "toxic"]
     reader = judge if isinstance(judge, PromptReader) else OutcomeJudge(OutcomeJudge.Options())
     risk = dict(zip((p.prompt for p in toxic), reader.prompt_risk([p.prompt for p in toxic]), strict=True))
@@ -102,7 +103,7 @@ def _collect(options: CollectOptions, prompts: list[Prompt], path: Path, report:
     def sort(batch: list[Response]) -> list[Response]:
         return [put_to_use(response, risk.get(response.prompt, 0.0), options) for response in batch]
 
-    responses, speed = answer_all(jobs, path, model, judge, options, report, sort)
+    responses, speed = answer_all(jobs, path, engine, judge, options, report, sort)
     return {
         "prompts": len(kept),
         "uses": Counter(str(response.use) for response in responses),
@@ -111,6 +112,12 @@ def _collect(options: CollectOptions, prompts: list[Prompt], path: Path, report:
         "skipped": faults,
         "tokens_per_second": round(speed, 1),
     }
+
+
+def _engine(options: CollectOptions, report: Reporter) -> Engine:
+    if options.server:
+        return Served(options, str(options.adapter or options.model))
+    return Local(load_model(options, options.adapter), report.warn)
 
 
 def put_to_use(response: Response, risk: float, options: CollectOptions) -> Response:

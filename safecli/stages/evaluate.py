@@ -20,11 +20,9 @@ from safecli.judges import SUMS, Kind
 from safecli.losses import linear_cross_entropy
 from safecli.models import (
     LanguageModel,
-    adapter_fingerprint,
     attach_adapter,
     last_hidden,
     load_model,
-    source_fingerprint,
 )
 from safecli.records import Prompt, Response, prompts_fingerprint, read_responses
 from safecli.report import markdown_summary, write_junit, write_report
@@ -32,6 +30,7 @@ from safecli.stages import Reporter, inherit_model
 from safecli.stages.ability import right_answers, task_name
 from safecli.stages.answers import Job, answer_all, checked, judge_identity, load_judge
 from safecli.stages.batches import Rows, output_head
+from safecli.stages.engines import Engine, Local, Served, adapter_identity, model_identity
 from safecli.stages.gates import Gate, compare_with, parse_gate, read_baseline, regressions
 from safecli.stages.summary import SHIPPED_SETS, add_ability, judge_errors, summarise, take_out_errors
 from safecli.stages.train import read_metrics
@@ -57,6 +56,8 @@ def evaluate(options: EvalOptions, report: Reporter | None = None) -> Evaluated:
     Errors: `InputError` (prompts, adapter of another base), `MissingError`, `UsageError` (gate), `RunError`.
     """
     report = report or Reporter()
+    if options.server and (options.prefill or options.ability):
+        raise UsageError("--prefill and --ability need a model loaded here: leave them, or --server, out")
     if options.samples > 1 and options.temperature == 0:
         raise UsageError("--samples: several greedy answers are all the same: give a --temperature too")
     sets, prompts = _sets(options, report)
@@ -100,6 +101,8 @@ def preview(options: EvalOptions, report: Reporter) -> dict[str, Any]:
 
 
 def _adapters(options: EvalOptions, report: Reporter) -> dict[str, Path]:
+    if not options.adapter and options.server:
+        return {}
     if not options.adapter:
         folder = newest(options.run, "train")
         if folder is None:
@@ -164,9 +167,9 @@ def _identity(options: EvalOptions, prompts: list[Prompt], adapters: dict[str, P
     return {
         "options": options.model_dump(mode="json", exclude=skip),
         "prompts": prompts_fingerprint(prompts),
-        "model": source_fingerprint(options),
+        "model": model_identity(options),
         "judge": judge_identity(options.judge, options.judge_opt),
-        "adapters": {name: adapter_fingerprint(path) for name, path in adapters.items()},
+        "adapters": {name: adapter_identity(options, path) for name, path in adapters.items()},
         "labels": file_fingerprint(options.labels) if options.labels else None,
     }
 
@@ -180,27 +183,27 @@ def _evaluate(
     report: Reporter,
 ) -> None:
     judge = load_judge(options.judge, options.judge_opt)
-    model = load_model(options)
-    base = model.model
-    kept, _ = checked(prompts, model, options, report)
-    jobs = [Job(prompt, sample, options.temperature) for prompt in kept for sample in range(options.samples)]
-    for adapter in adapters.values():
-        with _wearing(model, base, adapter):
+    model = None if options.server else load_model(options)
+    for adapter in adapters.values() if model else ():
+        with _engine(options, model, adapter, report):
             report.say(f"{adapter} fits the model")
+    kept: list[Prompt] = []
     answers: dict[str, list[Response]] = {}
     losses: dict[str, float | None] = {}
     right: dict[str, dict[str, list[bool]]] = {}
     for name in ("base", *adapters):
-        report.say(f"answering {len(jobs)} prompts with {name}")
-        with _wearing(model, base, adapters.get(name)):
-            answers[name], _ = answer_all(jobs, stage.path / f"answers-{name}.jsonl", model, judge, options, report)
-            losses[name] = general_loss(model, answers["base"], options.max_prompt_tokens)
-            right[name] = _ability(options, model, stage.path / f"ability-{name}.json", report)
-            given = _given(options.prefill, answers["base"], kept, model)
+        with _engine(options, model, adapters.get(name), report) as engine:
+            kept = kept or checked(prompts, engine, options, report)[0]
+            jobs = [Job(prompt, sample, options.temperature) for prompt in kept for sample in range(options.samples)]
+            report.say(f"answering {len(jobs)} prompts with {name}")
+            answers[name], _ = answer_all(jobs, stage.path / f"answers-{name}.jsonl", engine, judge, options, report)
+            losses[name] = general_loss(model, answers["base"], options.max_prompt_tokens) if model else None
+            right[name] = _ability(options, model, stage.path / f"ability-{name}.json", report) if model else {}
+            given = _given(options.prefill, answers["base"], kept, model) if model else []
             if given:
                 report.say(f"going on from {len(given)} openings of unsafe answers with {name}")
                 file = stage.path / f"prefilled-{name}.jsonl"
-                answers[name] = [*answers[name], *answer_all(given, file, model, judge, options, report)[0]]
+                answers[name] = [*answers[name], *answer_all(given, file, engine, judge, options, report)[0]]
     kinds = _kinds(sets)
     results = {
         "format": FORMAT,
@@ -248,17 +251,20 @@ def _given(
 
 
 @contextmanager
-def _wearing(model: LanguageModel, base: Any, adapter: Path | None) -> Iterator[None]:
-    """Put an adapter on the one loaded base for a while."""
-    if adapter is None:
-        yield
-        return
-    worn = attach_adapter(base, adapter)
-    model.model = worn
-    try:
-        yield
-    finally:
-        model.model = worn.unload()
+def _engine(
+    options: EvalOptions, model: LanguageModel | None, adapter: Path | None, report: Reporter
+) -> Iterator[Engine]:
+    """What answers for the base or for an adapter: the one loaded base, which wears it for a while, or the server."""
+    if model is None:
+        yield Served(options, str(adapter or options.model))
+    elif adapter is None:
+        yield Local(model, report.warn)
+    else:
+        worn = model.model = attach_adapter(model.model, adapter)
+        try:
+            yield Local(model, report.warn)
+        finally:
+            model.model = worn.unload()
 
 
 @torch.inference_mode()
