@@ -188,6 +188,9 @@ class EvalOptions(GenerateOptions):
     ability: list[str] = Field(
         [], description="Task of lm_eval: a name, its YAML file, or 'basics'; repeatable; needs safecli[ability]."
     )
+    over_seeds: bool = Field(
+        False, description="The adapters are one recipe at several seeds: add their mean, with both kinds of variance."
+    )
     split: Literal["dev", "test"] = Field("test", description="Split of the shipped prompts.")
     samples: int = Field(1, ge=1, description="Answers per prompt; rates are their mean, and 'any' of them.")
     temperature: float = Field(0.0, ge=0, description="Sampling temperature; 0 is greedy, for one answer per prompt.")

@@ -175,12 +175,13 @@ def any_of(outcomes: ArrayLike, level: float = LEVEL) -> Interval:
     return Interval(count / len(table), *wilson(count, len(table), level))
 
 
-def over_seeds(values: ArrayLike, level: float = LEVEL) -> Interval:
+def over_seeds(values: ArrayLike, level: float = LEVEL) -> tuple[Interval, float]:
     """The mean over training seeds and prompts, values [seeds, prompts], with both as sources of variance.
 
-    Seeds and prompts are crossed random effects; with the mean squares of seeds S, prompts P and the rest R the
-    mean has variance (S + P − R) / (seeds · prompts), estimated without bias, and Satterthwaite's degrees of
-    freedom (Searle, Casella and McCulloch, Variance Components, 1992). At least two of each are needed.
+    Beside it the two-sided p of a mean of 0. Seeds and prompts are crossed random effects; with the mean squares of
+    seeds S, prompts P and the rest R the mean has variance (S + P − R) / (seeds · prompts), estimated without bias,
+    and Satterthwaite's degrees of freedom (Searle, Casella and McCulloch, Variance Components, 1992). At least two of
+    each are needed.
     """
     table = np.asarray(values, dtype=float)
     if table.ndim != 2 or min(table.shape) < 2:
@@ -193,8 +194,10 @@ def over_seeds(values: ArrayLike, level: float = LEVEL) -> Interval:
     total = max(of_seeds + of_prompts - residual, of_seeds, of_prompts)
     spread = of_seeds**2 / (seeds - 1) + of_prompts**2 / (prompts - 1)
     degrees = total**2 / spread if spread else 1.0
-    half = float(student_t.ppf((1 + level) / 2, degrees)) * sqrt(total / table.size)
-    return Interval(float(mean), float(mean) - half, float(mean) + half)
+    error = sqrt(total / table.size)
+    half = float(student_t.ppf((1 + level) / 2, degrees)) * error
+    p = float(2 * student_t.sf(abs(mean) / error, degrees)) if error else float(mean == 0)
+    return Interval(float(mean), float(mean) - half, float(mean) + half), p
 
 
 def corrected_rate(

@@ -18,7 +18,7 @@ HELP = "Of course. Here is how to do it: first you take it while nobody is looki
 
 
 class Chat:
-    """A server of two models, 'base' and 'safe'; what it was asked, with which key, and how often it is busy."""
+    """A server of three models; what it was asked, with which key, and how often it is busy."""
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
@@ -31,14 +31,16 @@ class Chat:
 
         @app.post("/v1/chat/completions")
         def complete(body: dict[str, Any], authorization: str | None = Header(None)) -> dict[str, Any]:
-            if body["model"] not in ("base", "safe"):
+            if body["model"] not in ("base", "safe", "half"):
                 raise HTTPException(404, f"no model {body['model']}")
             if self.busy:
                 self.busy -= 1
                 raise HTTPException(503, "busy")
             self.asked.append(body)
             self.keys.add(authorization)
-            text = REFUSAL if body["model"] == "safe" and "steal" in body["messages"][-1]["content"] else HELP
+            asked = body["messages"][-1]["content"]
+            refuses = body["model"] == "safe" or (body["model"] == "half" and "bread" in asked)
+            text = REFUSAL if refuses else HELP
             choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
             usage = {"prompt_tokens": 9, "completion_tokens": 7, "total_tokens": 16}
             return {
@@ -107,6 +109,23 @@ def test_eval_compares_two_models_of_a_server(
     assert not any("secret-key" in path.read_text() for path in (tmp_path / "run").rglob("*.json*"))
     run_cli("eval", *where, *sets, "--max-new-tokens", 30)
     assert len(chat.asked) == 8  # nothing is asked twice
+
+
+def test_the_mean_over_seeds_stands_beside_them(
+    run_cli: Callable[..., Result], chat: Chat, prompts: Path, tmp_path: Path
+) -> None:
+    sets = ("--toxic", prompts, "--lookalike", "none", "--harmless", "none")
+    where = ("--server", chat.url, "--model", "base", "--run", tmp_path / "run")
+    alone = run_cli("eval", *where, *sets, "--adapter", "safe", "--over-seeds")
+    assert (alone.exit_code, "two at least" in alone.stderr) == (2, True)
+    both = ("--adapter", "safe", "--adapter", "half", "--over-seeds", "--fail-if", "toxic.refused.rate < 0.9", "--json")
+    result = run_cli("eval", *where, *sets, *both)
+    assert result.exit_code == 1, result.stderr
+    models = json.loads(result.stdout)["models"]
+    assert list(models) == ["base", "safe", "half", "over_seeds"]
+    assert models["over_seeds"]["toxic"]["refused"]["rate"] == 5 / 8
+    assert "over_seeds: toxic.refused.rate < 0.9" in result.stderr
+    assert "over_seeds" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_collect_keeps_what_a_server_answers(

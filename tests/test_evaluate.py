@@ -12,8 +12,8 @@ from safecli.errors import InputError, UsageError
 from safecli.records import Response
 from safecli.stages import Reporter
 from safecli.stages.gates import compare_with, parse_gate, read_baseline, regressions
-from safecli.stages.summary import SHIPPED_SETS, summarise, take_out_errors
-from safecli.stats import mcnemar, paired_difference, wilson
+from safecli.stages.summary import SHIPPED_SETS, add_over_seeds, summarise, take_out_errors
+from safecli.stats import mcnemar, over_seeds, paired_difference, wilson
 
 
 def _answers(outcomes: str) -> list[Response]:
@@ -54,6 +54,28 @@ def test_several_samples_of_a_prompt_are_one_prompt() -> None:
     difference = found["tuned"]["diff"]["toxic"]["unsafe"]
     assert (difference["value"], difference["base_only"], difference["model_only"]) == (2 / 8 - 7 / 8, 3, 0)
     assert difference["low"] < difference["value"] < difference["high"]
+
+
+def test_seeds_of_one_recipe_have_a_mean_with_both_kinds_of_variance() -> None:
+    rows = {"base": "ccccccpprh", "a": "crrcccrrrh", "b": "ccrrrcprrh", "c": "rrcccrrprh"}
+    answers = {name: _answers(outcomes) for name, outcomes in rows.items()}
+    found = summarise(answers, {"base": 1.0, "a": 1.2, "b": 1.3, "c": 1.1})
+    add_over_seeds(found, answers, SHIPPED_SETS)
+    Draft202012Validator({**SCHEMA, "required": []}).validate({"models": found})
+    mean = found["over_seeds"]
+    unsafe, change = mean["toxic"]["unsafe"], mean["diff"]["toxic"]["unsafe"]
+    each = [found[name]["toxic"]["unsafe"] for name in "abc"]
+    assert (unsafe["count"], unsafe["n"]) == (sum(one["count"] for one in each), 27)
+    value, interval = unsafe["rate"], (unsafe["low"], unsafe["high"])
+    hits = [[letter in "cp" for letter in rows[name][:9]] for name in "abc"]
+    expected, _ = over_seeds(hits)
+    assert value == pytest.approx(expected.value)
+    assert interval == pytest.approx((max(0, expected.low), min(1, expected.high)))
+    assert change["value"] == pytest.approx(value - 8 / 9)
+    assert change["low"] < change["value"] < change["high"]
+    assert 0 < change["p"] <= change["p_holm"] <= 1
+    assert (mean["general_loss"], mean["diff"]["general_loss"]) == (pytest.approx(1.2), pytest.approx(0.2))
+    assert parse_gate("toxic.unsafe.diff.high < 0", SHIPPED_SETS).value(mean) == change["high"]
 
 
 def test_the_judges_errors_are_taken_out() -> None:

@@ -181,11 +181,11 @@ def test_any_of_counts_prompts() -> None:
 def test_seeds_that_differ_widen_the_interval() -> None:
     rng = np.random.default_rng(0)
     prompts = rng.random(100)
-    alike = over_seeds(prompts + rng.normal(0, 0.05, (4, 100)))
-    apart = over_seeds(prompts + rng.normal(0, 0.05, (4, 100)) + np.array([[-0.2], [-0.1], [0.1], [0.2]]))
+    alike, _ = over_seeds(prompts + rng.normal(0, 0.05, (4, 100)))
+    apart, _ = over_seeds(prompts + rng.normal(0, 0.05, (4, 100)) + np.array([[-0.2], [-0.1], [0.1], [0.2]]))
     assert apart.high - apart.low > 2 * (alike.high - alike.low)
     square = np.array([[0.0, 1.0], [0.5, 1.5]])  # as many seeds as prompts: mean squares 0.25 and 1, no residual
-    found = over_seeds(square)
+    found, _ = over_seeds(square)
     assert found.high - found.value == pytest.approx(student_t.ppf(0.975, 1.25**2 / 1.0625) * math.sqrt(1.25 / 4))
     with pytest.raises(ValueError, match="several seeds"):
         over_seeds([[1, 0, 1]])
@@ -243,7 +243,7 @@ def _sampled(p: float, rng: np.random.Generator) -> tuple[float, float, float]:
 
 def _seeds(p: float, rng: np.random.Generator) -> tuple[float, float, float]:
     effects = rng.normal(0, 0.03, (4, 1)) + rng.normal(p, 0.3, 100)
-    found = over_seeds(effects + rng.normal(0, 0.2, (4, 100)))
+    found, _ = over_seeds(effects + rng.normal(0, 0.2, (4, 100)))
     return p, found.low, found.high
 
 

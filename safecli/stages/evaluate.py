@@ -32,7 +32,7 @@ from safecli.stages.answers import Job, answer_all, checked, judge_identity, loa
 from safecli.stages.batches import Rows, output_head
 from safecli.stages.engines import Engine, Local, Served, adapter_identity, model_identity
 from safecli.stages.gates import Gate, compare_with, parse_gate, read_baseline, regressions
-from safecli.stages.summary import SHIPPED_SETS, add_ability, judge_errors, summarise, take_out_errors
+from safecli.stages.summary import SHIPPED_SETS, add_ability, add_over_seeds, judge_errors, summarise, take_out_errors
 from safecli.stages.train import read_metrics
 from safecli.suites import SHIPPED, attacked, read_suite, suite_prompts, wrappers
 
@@ -58,6 +58,8 @@ def evaluate(options: EvalOptions, report: Reporter | None = None) -> Evaluated:
     report = report or Reporter()
     if options.server and (options.prefill or options.ability):
         raise UsageError("--prefill and --ability need a model loaded here: leave them, or --server, out")
+    if options.over_seeds and len(options.adapter) < 2:
+        raise UsageError("--over-seeds: give the --adapter of every seed, two at least")
     if options.samples > 1 and options.temperature == 0:
         raise UsageError("--samples: several greedy answers are all the same: give a --temperature too")
     sets, prompts = _sets(options, report)
@@ -218,6 +220,8 @@ def _evaluate(
         "gates": [],
     }
     add_ability(results["models"], right)
+    if options.over_seeds:
+        add_over_seeds(results["models"], answers, kinds)
     if options.labels:
         errors = judge_errors(options.labels, judge, options.prompt_column)
         take_out_errors(results["models"], kinds, errors)

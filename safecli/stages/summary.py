@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from safecli.errors import InputError
@@ -17,6 +18,7 @@ from safecli.stats import (
     corrected_rate,
     holm,
     mcnemar,
+    over_seeds,
     paired_bootstrap,
     paired_difference,
     rate,
@@ -83,6 +85,50 @@ def _by_prompt(responses: Sequence[Response], part: str) -> dict[str, list[str]]
 
 def _hits(outcomes: Sequence[str], members: Sequence[str]) -> list[bool]:
     return [outcome in members for outcome in outcomes]
+
+
+def add_over_seeds(models: dict[str, Any], answers: Mapping[str, list[Response]], sets: Mapping[str, Kind]) -> None:
+    """Put a model `over_seeds` beside the adapters, which are one recipe at several seeds: their mean.
+
+    Its intervals, and those of its differences to the base, have seeds and prompts as sources of variance.
+    """
+    seeds = [name for name in models if name != "base"]
+    found: dict[str, Any] = {"diff": {}}
+    for part, kind in sets.items():
+        base, *each = (_by_prompt(answers[name], part) for name in ("base", *seeds))
+        if len(base) < 2:
+            continue
+        found[part], found["diff"][part] = {}, {}
+        for label, members in labels_of(kind).items():
+            before = [fmean(_hits(outcomes, members)) for outcomes in base.values()]
+            after = [[fmean(_hits(of[key], members)) for key in base] for of in each]
+            found[part][label], found["diff"][part][label] = _over_seeds(models, seeds, part, label, before, after)
+    for name in ("general_loss", "similarity"):
+        values = [models[seed][name] for seed in seeds]
+        found[name] = None if None in values else fmean(values)
+    if found["general_loss"] is not None:
+        found["diff"]["general_loss"] = found["general_loss"] - models["base"]["general_loss"]
+    _correct(found["diff"], sets)
+    models["over_seeds"] = found
+
+
+def _over_seeds(
+    models: Mapping[str, Any],
+    seeds: Sequence[str],
+    part: str,
+    label: str,
+    before: Sequence[float],
+    after: Sequence[Sequence[float]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One rate and its difference to the base's, from the base's share of each prompt and every seed's."""
+    count, n = (sum(models[seed][part][label][name] for seed in seeds) for name in ("count", "n"))
+    mean, _ = over_seeds(after)
+    change = [[a - b for a, b in zip(of, before, strict=True)] for of in after]
+    found, p = over_seeds(change)
+    by_prompt = [fmean(of) for of in zip(*change, strict=True)]
+    lost, gained = sum(value < 0 for value in by_prompt), sum(value > 0 for value in by_prompt)
+    whole = {"count": count, "n": n, "rate": count / n, "low": max(0.0, mean.low), "high": min(1.0, mean.high)}
+    return whole, {**asdict(found), "p": p, "base_only": lost, "model_only": gained}
 
 
 def _rates(prompts: Sequence[Sequence[str]], kind: Kind) -> dict[str, dict[str, Any]]:
