@@ -1,12 +1,17 @@
 """What the tests share: the real demo model, loaded once, a cache folder of its own, and the command line."""
 
 import json
-from collections.abc import Callable
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import uvicorn
 from click.testing import Result
+from fastapi import FastAPI
 from typer.testing import CliRunner
 
 from safecli.cli import app
@@ -59,3 +64,25 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows += [{"prompt": prompt, "answer": answer, "use": "general"} for prompt, answer in GENERAL]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture(scope="session")
+def serve() -> Iterator[Callable[[FastAPI], str]]:
+    """Serves an app over HTTP on this machine for as long as there are tests, and gives its address."""
+    started: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def start(app: FastAPI) -> str:
+        listening = socket.socket()
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        started.append((server, thread))
+        while not server.started:
+            time.sleep(0.05)
+        return f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+
+    yield start
+    for server, thread in started:
+        server.should_exit = True
+        thread.join()

@@ -1,15 +1,11 @@
 """`collect` and `eval` with a model on a server: what is sent, what is kept, and a real HTTP server between."""
 
 import json
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from click.testing import Result
 from fastapi import FastAPI, Header, HTTPException
 
@@ -55,20 +51,10 @@ class Chat:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Chat]:
+def server(serve: Callable[[FastAPI], str]) -> Chat:
     chat = Chat()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = uvicorn.Server(uvicorn.Config(chat.app(), host="127.0.0.1", port=port, log_level="error"))
-    thread = threading.Thread(target=running.run, daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.05)
-    chat.url = f"http://127.0.0.1:{port}/v1"
-    yield chat
-    running.should_exit = True
-    thread.join()
+    chat.url = serve(chat.app())
+    return chat
 
 
 @pytest.fixture

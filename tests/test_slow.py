@@ -1,17 +1,13 @@
 """The whole job on the real model, in small: what `make test-slow` runs."""
 
 import json
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-import uvicorn
 from click.testing import Result
 from fastapi import FastAPI
 from transformers import AutoModelForCausalLM
@@ -144,7 +140,7 @@ def trained(run_cli: Cli, run: Path, *arguments: Any) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
+def server(serve: Callable[[FastAPI], str]) -> str:
     """An embeddings server over OpenAI's protocol; its address."""
     inside = Path(wordllama.__file__).parent  # it ships its weights, and looks for its tokenizer in another folder
     reader, app = wordllama.WordLlama.load(cache_dir=inside, disable_download=True), FastAPI()
@@ -155,17 +151,7 @@ def server() -> Iterator[str]:
         data = [{"object": "embedding", "index": index, "embedding": each} for index, each in enumerate(vectors)]
         return {"object": "list", "model": asked["model"], "data": data}
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
-    thread = threading.Thread(target=running.run, daemon=True)
-    thread.start()
-    while not running.started:
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}/v1"
-    running.should_exit = True
-    thread.join()
+    return serve(app)
 
 
 VECTORS = Path(__file__).parents[1] / "plugins" / "safecli-cost-vectors" / "tests" / "few.vec"

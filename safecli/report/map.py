@@ -6,15 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
-from safecli.artifacts import atomic
-from safecli.report.page import csp_hash
+from safecli.report.page import write_page
 from safecli.report.untrusted import visible
 
-_HERE = Path(__file__).parent
 GRID = 4095
 """Places of the plane in each direction."""
 LEVELS = 1000
@@ -44,17 +41,5 @@ def write_map(
         "y": scaled[:, 1].round().int().tolist(),
         "costs": [[visible(text), (row * LEVELS).round().int().tolist()] for text, row in costs.items()],
     }
-    style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("map.css", "map.js"))
-    environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("map.html").render(
-        title=visible(title),
-        basis=basis,
-        count=len(texts),
-        data=Markup(json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")),
-        style=Markup(style),
-        script=Markup(script),
-        policy=f"default-src 'none'; base-uri 'none'; form-action 'none'; "
-        f"style-src '{csp_hash(style)}'; script-src '{csp_hash(script)}'",
-    )
-    with atomic(path) as beside:
-        beside.write_text(page, encoding="utf-8")
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    write_page(path, "map", title=title, basis=basis, count=len(texts), data=Markup(text))

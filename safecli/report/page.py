@@ -37,17 +37,10 @@ def write_report(
     `results` is what results.json holds; `answers` one row for each prompt and model (model, set, id, prompt,
     answer, outcome, score, reasons); `metrics` the rows that training logged, empty if none ran here.
     """
-    style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     models = results["models"]
-    page = environment.get_template("page.html").render(
+    write_page(
+        path,
+        "page",
         results=results,
         models=list(models),
         options=json.dumps(results.get("options", {}), indent=2, ensure_ascii=False, default=str),
@@ -59,6 +52,22 @@ def write_report(
         prompts=_side_by_side(answers, list(models), results["sets"]),
         outcomes=list(dict.fromkeys(row["outcome"] for row in answers)),
         sets={name: about["title"] for name, about in results["sets"].items()},
+    )
+
+
+def write_page(path: Path, name: str, **values: Any) -> None:
+    """Fill the template `name`.html with values, and with the style and script beside it, which alone may act."""
+    style, script = ((_HERE / f"{name}.{ending}").read_text(encoding="utf-8") for ending in ("css", "js"))
+    environment = Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template(f"{name}.html").render(
+        **values,
         style=Markup(style),
         script=Markup(script),
         policy=f"default-src 'none'; base-uri 'none'; form-action 'none'; "
