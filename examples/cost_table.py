@@ -1,4 +1,4 @@
-"""Make the table of docs/costs.md: `python examples/cost_table.py RUN [PAIRS]`. About an hour on two cores.
+"""Make the table of docs/costs.md: `python examples/cost_table.py RUN [PAIRS]`. Half an hour on two cores.
 
 Each cost is built, held against people's word pairs, and trains one adapter from the same records without a guard. As
 some push harder than others, every adapter is scaled to the KL to base that the first one has, and read there. The
@@ -26,14 +26,12 @@ from safecli.stages.probe import Probe
 
 COSTS = (
     "token",
-    "token:transform=centred",
     "token:transform=whitened",
     "sentence",
     "faiss",
-    "faiss:features=sentence",
     "mix:token=0.5,sentence=0.5",
 )
-COUNTS = {"toxic": 140, "lookalike": 60, "harmless": 60}
+COUNTS = {"toxic": 140, "lookalike": 50, "harmless": 50}
 LABELS = Path(__file__).parent / "judge" / "labels.jsonl"
 HEADINGS = (
     "cost",
