@@ -276,12 +276,12 @@ command(cost_app, "build", CostOptions, "cost", COST_HELP)(_build_cost)
     CostOptions,
     "cost",
     {
-        "token": (Annotated[str, typer.Option(help="A text that is one token, such as ' gun'.")], ...),
+        "token": (Annotated[str, typer.Option(help="A token, such as ' gun', or a word of several.")], ...),
         "count": (Annotated[int, typer.Option(min=1, help="Neighbours to show.")], 10),
     },
 )
 def show_cost(options: CostOptions, call: Call, token: str, count: int) -> None:
-    """Show the nearest and the farthest tokens of a token."""
+    """Show the nearest and the farthest tokens of a token, or of a word of several."""
     from safecli.console import print_json, print_table
     from safecli.stages import cost as stage
 
@@ -292,8 +292,9 @@ def show_cost(options: CostOptions, call: Call, token: str, count: int) -> None:
     if call.json_output:
         print_json(asdict(found))
         return
+    shown = repr(token) if len(found.tokens) == 1 else f"{token!r}, the mean of {', '.join(map(repr, found.tokens))}"
     for title, rows in (("nearest", found.nearest), ("farthest", found.farthest)):
-        print_table(f"{title} to {token!r}", ["token", "cost"], [[repr(text), f"{cost:.3f}"] for text, cost in rows])
+        print_table(f"{title} to {shown}", ["token", "cost"], [[repr(text), f"{cost:.3f}"] for text, cost in rows])
 
 
 @command(

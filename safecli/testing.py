@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def _kept(backend: type[CostBackend], options: dict[str, Any], folder: Path) -> 
 
 
 def check_shape(backend: type[CostBackend], options: dict[str, Any]) -> None:
-    """Floating features [V, k], or neighbours [V, K] with a ceiling, or those in CSR form."""
+    """Features [V, k], or neighbours [V, K] with a ceiling, or those in CSR form."""
     built = _built(backend, options)
     size = vocabulary().size
     if isinstance(built, SparseCost):
@@ -63,12 +64,32 @@ def check_shape(backend: type[CostBackend], options: dict[str, Any]) -> None:
         assert not built.indices.is_floating_point(), "indices are not integers"
         assert int(built.indices.min()) >= -1, "an index below -1, which stands for none"
         assert int(built.indices.max()) < size, "an index beyond the vocabulary"
-        assert built.costs.is_floating_point(), "costs are not floating point"
         assert 0 < built.ceiling <= 2, f"the ceiling {built.ceiling} is not in (0, 2]"
     else:
         assert built.ndim == 2, f"features of {built.ndim} dimensions, not [V, k]"
         assert built.shape[0] == size, f"{built.shape[0]} rows of features for {size} tokens"
-        assert built.is_floating_point(), "features are not floating point"
+
+
+def check_dtype(backend: type[CostBackend], options: dict[str, Any]) -> None:
+    """Features and costs are floating point, and what is kept is float32."""
+    built = _built(backend, options)
+    values = built if isinstance(built, torch.Tensor) else built.costs
+    assert values.is_floating_point(), f"{values.dtype} is not floating point"
+    with tempfile.TemporaryDirectory() as folder:
+        cost = _kept(backend, options, Path(folder))
+    kept = cost.features if isinstance(cost, DenseCost) else cost.costs
+    assert kept.dtype == torch.float32, f"{kept.dtype} was kept"
+
+
+def check_device(backend: type[CostBackend], options: dict[str, Any]) -> None:
+    """Whatever device is there to work on, what is built lies on the CPU."""
+    for name in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        there = replace(vocabulary(), device=torch.device(name))
+        built = backend(backend.Options(**options)).build(there, lambda _: None)
+        tensors = [built] if isinstance(built, torch.Tensor) else vars(built).values()
+        for tensor in tensors:
+            on = tensor.device.type if isinstance(tensor, torch.Tensor) else "cpu"
+            assert on == "cpu", f"built on {name}, it lies on {on}: move it to the CPU"
 
 
 def check_finite(backend: type[CostBackend], options: dict[str, Any]) -> None:
@@ -177,6 +198,8 @@ def check_loss(backend: type[CostBackend], options: dict[str, Any]) -> None:
 
 COST_CHECKS = (
     check_shape,
+    check_dtype,
+    check_device,
     check_finite,
     check_range,
     check_meaning,

@@ -69,7 +69,8 @@ def with_a_nan(vocabulary: Vocabulary) -> torch.Tensor:
 
 BROKEN = [
     (testing.check_shape, lambda v: v.embeddings[:-1]),
-    (testing.check_shape, lambda v: v.embeddings.long()),
+    (testing.check_dtype, lambda v: v.embeddings.long()),
+    (testing.check_device, lambda v: v.embeddings.to("meta")),
     (testing.check_shape, lambda v: neighbours(v, ceiling=3.0)),
     (testing.check_shape, lambda v: neighbours(v, indices=neighbours(v).indices + v.size)),
     (testing.check_finite, with_a_nan),

@@ -208,6 +208,19 @@ def test_a_token_is_named_by_a_text_that_is_one(demo: LanguageModel) -> None:
         token_id(demo, "two words")
 
 
+def test_a_word_of_several_tokens_has_neighbours_too(run_cli: Callable[..., Result], cache: Path) -> None:
+    found = {}
+    for text in (" gun", " gunfighter", ""):
+        found[text] = run_cli("cost", "show", "--model", "demo", "--token", text, "--json")
+    one, several = (json.loads(found[text].stdout) for text in (" gun", " gunfighter"))
+    assert one["tokens"] == [" gun"]
+    assert one["nearest"][0] in ([" gun", 0], ["gun", 0])
+    assert "".join(several["tokens"]) == " gunfighter"
+    assert len(several["tokens"]) > 1
+    assert {" gun", " fighter"} & {token for token, _ in several["nearest"]}
+    assert found[""].exit_code == 2
+
+
 def test_a_mixture_is_the_weighted_mean_of_its_costs(small: LanguageModel, vocabulary: Vocabulary, cache: Path) -> None:
     token, sentence, mixed = (
         load_cost(CostOptions(cost=name), small)[0] for name in ("token", "sentence", "mix:token=1.4,sentence=0.6")

@@ -130,7 +130,7 @@ def test_a_new_plugin_is_a_package_that_passes_its_own_tests(
         text=True,
     )
     assert own.returncode == 0, own.stdout
-    assert "24 passed" in own.stdout
+    assert "28 passed" in own.stdout
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from safecli.losses import linear_cross_entropy, linear_emd
 from safecli.stages import Reporter
 
 RUNS = 7
-PLAIN_LIMIT = 6 << 30
+PLAIN_LIMIT = 4 << 30
 """Plain PyTorch is left out where its tensors [T, V] alone take more bytes than this on a CPU."""
 DEFAULT = "512,49152,576,576"
 BOUNDS = ("exact", "centroid", "covariance", "cross_entropy")

@@ -54,9 +54,10 @@ class Built:
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """The nearest and the farthest tokens of one token, with their costs."""
+    """The nearest and the farthest tokens of a text, with their costs: of several `tokens`, the mean cost."""
 
-    token: str
+    text: str
+    tokens: list[str]
     nearest: list[tuple[str, float]]
     farthest: list[tuple[str, float]]
 
@@ -111,16 +112,20 @@ def build_cost(options: CostOptions, report: Reporter | None = None) -> Built:
     return Built(folder, "dense" if isinstance(cost, DenseCost) else "sparse", cost.vocab, round(size, 1), *looked)
 
 
-def show_cost(options: CostOptions, token: str, count: int, report: Reporter | None = None) -> Neighbourhood:
-    """The `count` nearest and farthest tokens of `token`; `UsageError` if it is not one token."""
+def show_cost(options: CostOptions, text: str, count: int, report: Reporter | None = None) -> Neighbourhood:
+    """The `count` nearest and farthest tokens of a token, or of a word of several; `UsageError` for an empty text."""
     model, cost, _ = _loaded(options, report or Reporter())
-    row = cost.rows(torch.tensor([token_id(model, token)]))[0]
+    ids = model.answer_ids(text)
+    if not ids:
+        raise UsageError("--token: give a text that is a token or several")
+    row = cost.rows(torch.tensor(ids)).mean(0)
     order = row.argsort(stable=True).tolist()
 
     def named(indices: list[int]) -> list[tuple[str, float]]:
         return [(model.tokenizer.decode([index]), round(float(row[index]), 4)) for index in indices]
 
-    return Neighbourhood(token, named(order[:count]), named(order[::-1][:count]))
+    tokens = [model.tokenizer.decode([index]) for index in ids]
+    return Neighbourhood(text, tokens, named(order[:count]), named(order[::-1][:count]))
 
 
 def export_cost(options: CostOptions, path: Path, report: Reporter | None = None) -> Path:
