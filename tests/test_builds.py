@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safecli.artifacts import locked
+from safecli.bench.cost import cost as bench_cost
 from safecli.bench.cost import made_vocabulary
 from safecli.config import CostOptions, ModelOptions
 from safecli.costs import DenseCost, SparseCost, Vocabulary
@@ -31,6 +32,7 @@ from safecli.costs.token import TokenCost
 from safecli.errors import InputError, MissingError, RunError
 from safecli.models import LanguageModel
 from safecli.registry import COSTS, load_plugin, plugins
+from safecli.stages import Reporter
 from safecli.stages.cost import plane
 from safecli.testing import COST_CHECKS, cost_conformance, vocabulary
 
@@ -302,6 +304,13 @@ def test_the_plane_is_that_of_the_largest_spread() -> None:
     first, second = plane(wide).T
     assert abs(np.corrcoef(first, wide[:, 1])[0, 1]) > 0.99
     assert abs(np.corrcoef(second, wide[:, 4])[0, 1]) > 0.99
+
+
+def test_the_benchmark_has_a_row_for_each_floor(demo: LanguageModel) -> None:
+    rows = bench_cost(1200, 8, "cpu", 1, Reporter())
+    assert [(row["cost"], row["V"], row["k"]) for row in rows] == [("sentence", 1200, 8), ("faiss", 1200, 8)]
+    assert all(row["floor_ratio"] > 0 for row in rows)
+    assert all(row["extra_bytes"] >= 0 for row in rows)
 
 
 @pytest.mark.slow

@@ -30,11 +30,11 @@ Bound = Literal["exact", "centroid", "covariance", "relaxed", "upper"]
 Term = Literal["cross_entropy", "kl", "reverse_kl", "emd", "interval"]
 Reduction = Literal["mean", "sum", "none"]
 
-SHARE, LIMIT = 0.38, 240 << 20
-"""Buffers [t, V] of one chunk may take this part of one tensor [T, V], a tenth of what plain PyTorch takes, and at most
-so many bytes; on a GPU, where there is more and narrow products are slow, `LIMIT_CUDA`."""
+SHARE, LIMIT = 0.32, 240 << 20
+"""Buffers [t, V] of one chunk may take this part of one tensor [T, V], a thirteenth of what plain PyTorch takes, and at
+most so many bytes; on a GPU, where there is more and narrow products are slow, `LIMIT_CUDA`."""
 LIMIT_CUDA = 1 << 29
-FEWEST = 96
+FEWEST = 88
 BLOCK = 3 << 16
 """Numbers of a chunk that are worked on together, column after column of it: on a CPU they stay in its cache."""
 _NO_SPREAD = 1e-30
@@ -415,7 +415,7 @@ class _Chunks:
         if self.compiled:
             item = 4 * low
         cpu = min(LIMIT, int(SHARE * len(self.hidden) * vocab * work))
-        return max(FEWEST, (LIMIT_CUDA if self.device.type == "cuda" else cpu) // (vocab * item) // 16 * 16)
+        return max(FEWEST, (LIMIT_CUDA if self.device.type == "cuda" else cpu) // (vocab * item) // 8 * 8)
 
     def parts(self) -> Iterator[slice]:
         """Slices of positions, one after the other; dtypes stay as they are chosen here."""
@@ -608,7 +608,7 @@ class _Chunks:
         for columns in self._blocks(len(here.e)):
             dz, pushed = here.e[:, columns], share
             if pushes and direction is not None and self.features is not None:
-                pushed = torch.mm(direction, self.features[columns].T).to(self.work).add_(share)
+                pushed = torch.mm(self.features[columns], direction.T).T.to(self.work).add_(share)
             elif pushes and costs is not None:
                 pushed = costs[:, columns] + share
             if weight and ratio is not None:
