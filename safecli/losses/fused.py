@@ -34,8 +34,8 @@ SHARE, LIMIT = 0.32, 240 << 20
 """Buffers [t, V] of one chunk may take this part of one tensor [T, V], a thirteenth of what plain PyTorch takes, and at
 most so many bytes; on a GPU, where there is more and narrow products are slow, `LIMIT_CUDA`."""
 LIMIT_CUDA = 1 << 29
-FEWEST = 88
-BLOCK = 3 << 16
+FEWEST = 96
+BLOCK = 1 << 17
 """Numbers of a chunk that are worked on together, column after column of it: on a CPU they stay in its cache."""
 _NO_SPREAD = 1e-30
 
@@ -415,7 +415,7 @@ class _Chunks:
         if self.compiled:
             item = 4 * low
         cpu = min(LIMIT, int(SHARE * len(self.hidden) * vocab * work))
-        return max(FEWEST, (LIMIT_CUDA if self.device.type == "cuda" else cpu) // (vocab * item) // 8 * 8)
+        return max(FEWEST, (LIMIT_CUDA if self.device.type == "cuda" else cpu) // (vocab * item) // 16 * 16)
 
     def parts(self) -> Iterator[slice]:
         """Slices of positions, one after the other; dtypes stay as they are chosen here."""
