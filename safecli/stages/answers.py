@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,7 @@ def answer_all(
     report: Reporter,
     sort: Callable[[list[Response]], list[Response]] = lambda responses: responses,
 ) -> tuple[list[Response], float]:
-    """Answer every job and judge it meanwhile, into `path`; all responses, and the tokens per second of this call.
+    """Answer and judge every job into `path`; returns all responses and the tokens per second of this call.
 
     The batch plan is written beside `path` before the first batch and kept on resumption, so that the finished
     file is the same, byte for byte, as one that was never interrupted. `sort` decides each batch's `use`.
@@ -114,8 +114,10 @@ def answer_all(
                 before, unwritten = unwritten, None
                 if before:
                     before()
-                verdicts = judging.submit(judge.judge, pairs)  # while the next batch is answered
-                unwritten = partial(_write, path, here, answers, verdicts, sort)
+                if engine.elsewhere:  # judged while the next batch is answered
+                    unwritten = partial(_write, path, here, answers, judging.submit(judge.judge, pairs).result, sort)
+                else:
+                    _write(path, here, answers, partial(judge.judge, pairs), sort)
                 finished += len(batch)
                 report.progress(path.stem, finished, len(jobs))
         finally:
@@ -132,7 +134,7 @@ def _write(
     path: Path,
     jobs: Sequence[Job],
     answers: Sequence[Answer],
-    verdicts: Future[list[Verdict]],
+    verdicts: Callable[[], list[Verdict]],
     sort: Callable[[list[Response]], list[Response]],
 ) -> None:
     rows = [
@@ -150,7 +152,7 @@ def _write(
             score=round(verdict.score, 4),
             reasons=list(verdict.reasons),
         )
-        for job, answer, verdict in zip(jobs, answers, verdicts.result(), strict=True)
+        for job, answer, verdict in zip(jobs, answers, verdicts(), strict=True)
     ]
     append(path, sort(rows))
 

@@ -33,6 +33,11 @@ class Ask:
 class Engine(Protocol):
     """One model that answers prompts."""
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it leaves this machine's cores to others while it works."""
+        ...
+
     def length(self, prompt: str) -> int:
         """Tokens of a prompt as the model reads it."""
         ...
@@ -53,6 +58,11 @@ class Local:
     model: LanguageModel
     warn: Callable[[str], None]
 
+    @property
+    def elsewhere(self) -> bool:
+        """On a GPU."""
+        return self.model.device.type != "cpu"
+
     def length(self, prompt: str) -> int:
         """Tokens of the prompt in its template."""
         return len(self.model.prompt_ids(prompt))
@@ -69,6 +79,8 @@ class Local:
 
 class Served:
     """A model on a server; its chat template and its sampling are the server's."""
+
+    elsewhere = True
 
     def __init__(self, options: GenerateOptions, name: str) -> None:
         self.server = ChatServer(options.server or "", name, SERVED_TIMEOUT_S, SERVED_RETRIES)
