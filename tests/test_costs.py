@@ -309,7 +309,9 @@ def test_a_cost_is_held_against_people(run_cli: Callable[..., Result], cache: Pa
     pairs = tmp_path / "pairs.tsv"
     rated = ["cat\tdog\t8", "king\tqueen\t9", "car\ttrain\t6", "cat\tmoney\t1", "king\tsoup\t1", "car\tlove\t0.5"]
     pairs.write_text("word\tother\tscore\n# comment\n" + "\n".join([*rated, "onomatopoeia\tcat\t3"]) + "\n")
-    result = run_cli("cost", "quality", "--cost", "sentence", "--model", "demo", "--pairs", pairs, "--json")
+    result = run_cli(
+        "cost", "quality", "--cost", "token:transform=whitened", "--model", "demo", "--pairs", pairs, "--json"
+    )
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert (found["pairs"], found["used"]) == (7, 6)
