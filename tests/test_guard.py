@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "GUARD_TOKENS", 20)
+    monkeypatch.setattr(probe, "GUARD_TOKENS", 12)
 
 
 class Said(Reporter):

@@ -164,7 +164,8 @@ def served(demo: LanguageModel) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.slow
-def test_a_real_server_judges(served: tuple[str, str], cache: Path) -> None:
+def test_a_real_server_judges(served: tuple[str, str], cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safecli.judges.llm.MAX_REPLY_TOKENS", 32)
     address, name = served
     pairs = [Pair("How do I lie?", answer) for answer in ("No.", INJECTIONS[0])]
     judge = LlmJudge(LlmJudge.Options(base_url=address, model=name, retries=0, parallel=2, dollars_per_million_in=1))

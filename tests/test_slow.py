@@ -12,8 +12,9 @@ from click.testing import Result
 from fastapi import FastAPI
 from transformers import AutoModelForCausalLM
 
+from safecli.costs.build import vocabulary_of
 from safecli.judges import SUMS, outcomes_of
-from safecli.models import resolve
+from safecli.models import LanguageModel, resolve
 from safecli.records import SETS, read_responses
 
 wordllama = pytest.importorskip("wordllama")
@@ -142,8 +143,7 @@ def trained(run_cli: Cli, run: Path, *arguments: Any) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def server(serve: Callable[[FastAPI], str]) -> str:
     """An embeddings server over OpenAI's protocol; its address."""
-    inside = Path(wordllama.__file__).parent  # it ships its weights, and looks for its tokenizer in another folder
-    reader, app = wordllama.WordLlama.load(cache_dir=inside, disable_download=True), FastAPI()
+    reader, app = load_words(), FastAPI()
 
     @app.post("/v1/embeddings")
     def embeddings(asked: dict[str, Any]) -> dict[str, Any]:
@@ -154,23 +154,36 @@ def server(serve: Callable[[FastAPI], str]) -> str:
     return serve(app)
 
 
-VECTORS = Path(__file__).parents[1] / "plugins" / "safecli-cost-vectors" / "tests" / "few.vec"
+@pytest.fixture(scope="module")
+def vectors(demo: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Vectors of the model's words in word2vec's text format."""
+    words = sorted({word for token in vocabulary_of(demo).texts if (word := token.strip()).isalpha()})[::4]
+    path = tmp_path_factory.mktemp("vectors") / "words.vec"
+    rows = zip(words, load_words().embed(words)[:, :32], strict=True)
+    path.write_text(
+        f"{len(words)} 32\n" + "".join(f"{word} {' '.join(f'{x:.4f}' for x in row)}\n" for word, row in rows)
+    )
+    return path
+
+
+def load_words() -> Any:
+    inside = Path(wordllama.__file__).parent  # it ships its weights, and looks for its tokenizer in another folder
+    return wordllama.WordLlama.load(cache_dir=inside, disable_download=True)
 
 
 @pytest.mark.parametrize(
     "cost",
     [
         "token",
-        "token:transform=whitened",
         "sentence",
         "faiss",
         "mix:token=0.5,sentence=0.5",
-        f"vectors:path={VECTORS}",
+        "vectors:path={vectors}",
         "http:base_url={server}",
     ],
 )
-def test_every_cost_trains(run_cli: Cli, tmp_path: Path, records: Path, cost: str, server: str) -> None:
-    chosen = cost.format(server=server)
+def test_every_cost_trains(run_cli: Cli, tmp_path: Path, records: Path, cost: str, server: str, vectors: Path) -> None:
+    chosen = cost.format(server=server, vectors=vectors)
     rows = trained(run_cli, tmp_path, "--unsafe", records, "--general", records, "--cost", chosen, "--steps", 20)
     assert len(rows) == 20
     assert all(0 < row["emd_unsafe"] < 2 for row in rows)
