@@ -17,6 +17,7 @@ import torch
 from click.testing import Result
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
+from test_registry import install as install_package
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -73,13 +74,9 @@ def tiny() -> LanguageModel:
 
 
 def install(site: Path, name: str, code: str, *asks: str) -> None:
-    """A package with one cost backend, as pip leaves it."""
-    info = site / f"{name}_cost-1.2.dist-info"
-    info.mkdir()
+    """A package with one cost backend."""
     needs = "".join(f"Requires-Dist: {one}\n" for one in asks)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-cost\nVersion: 1.2\n{needs}")
-    (info / "entry_points.txt").write_text(f"[{COSTS}]\n{name} = {name}_cost:Cost\n")
-    (site / f"{name}_cost.py").write_text(code)
+    install_package(site, f"{name}-cost", {name: f"{name}_cost:Cost"}, code, asks=needs)
 
 
 @pytest.fixture

@@ -24,10 +24,11 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _install(site: Path, package: str, entries: dict[str, str], code: str, group: str = COSTS) -> None:
+def install(site: Path, package: str, entries: dict[str, str], code: str, group: str = COSTS, asks: str = "") -> None:
+    """A package with plugins, as pip leaves it; `asks` is the lines of its metadata that say what it requires."""
     info = site / f"{package}-1.2.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2\n{asks}")
     lines = [f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
     (site / f"{package.replace('-', '_')}.py").write_text(code)
@@ -44,7 +45,7 @@ def test_our_own_backends_and_judge_work() -> None:
 
 
 def test_a_package_brings_a_plugin_that_is_imported_only_when_used(site: Path) -> None:
-    _install(site, "far-cost", {"far": "far_cost:Cost"}, GOOD)
+    install(site, "far-cost", {"far": "far_cost:Cost"}, GOOD)
     (found,) = [plugin for plugin in plugins(COSTS) if plugin.name == "far"]
     assert (found.package, found.version) == ("far-cost", "1.2")
     assert "far_cost" not in sys.modules
@@ -54,8 +55,8 @@ def test_a_package_brings_a_plugin_that_is_imported_only_when_used(site: Path) -
 
 
 def test_a_clash_names_both_packages(site: Path) -> None:
-    _install(site, "one-cost", {"same": "one_cost:Cost"}, GOOD)
-    _install(site, "two-cost", {"same": "two_cost:Cost"}, GOOD)
+    install(site, "one-cost", {"same": "one_cost:Cost"}, GOOD)
+    install(site, "two-cost", {"same": "two_cost:Cost"}, GOOD)
     with pytest.raises(UsageError, match=r"cost 'same' .*(one-cost 1.2 and two-cost|two-cost 1.2 and one-cost) 1.2"):
         load_plugin(COSTS, "same")
 
@@ -72,7 +73,7 @@ def test_a_clash_names_both_packages(site: Path) -> None:
 )
 def test_a_broken_plugin_shows_its_error_and_harms_no_other(site: Path, code: str, reason: str) -> None:
     module = f"bad_{len(code)}"
-    _install(site, module, {"bad": f"{module}:Cost"}, code)
+    install(site, module, {"bad": f"{module}:Cost"}, code)
     states = {plugin.name: plugin.state() for plugin in plugins(COSTS)}
     assert states["bad"].startswith("broken: ")
     assert reason in states["bad"]
@@ -96,7 +97,7 @@ def test_an_unknown_name_is_told_the_nearest(kind: str, name: str, told: str) ->
 
 
 def test_the_environment_narrows_what_is_loaded(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _install(site, "far-cost", {"far": "far_cost:Cost", "away": "far_cost:Cost"}, GOOD)
+    install(site, "far-cost", {"far": "far_cost:Cost", "away": "far_cost:Cost"}, GOOD)
     monkeypatch.setenv("SAFECLI_PLUGINS", "token, far-cost")
     states = {plugin.name: plugin.state() for plugin in plugins(COSTS)}
     assert states["token"] == states["far"] == states["away"] == "ok"
@@ -107,8 +108,8 @@ def test_the_environment_narrows_what_is_loaded(site: Path, monkeypatch: pytest.
 
 
 def test_a_clash_ends_where_the_environment_names_one_package(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _install(site, "red-cost", {"twin": "red_cost:Cost"}, GOOD)
-    _install(site, "blue-cost", {"twin": "blue_cost:Cost"}, GOOD.replace("= 3", "= 4"))
+    install(site, "red-cost", {"twin": "red_cost:Cost"}, GOOD)
+    install(site, "blue-cost", {"twin": "blue_cost:Cost"}, GOOD.replace("= 3", "= 4"))
     monkeypatch.setenv("SAFECLI_PLUGINS", "blue-cost")
     assert load_plugin(COSTS, "twin").Options().k == 4
 
