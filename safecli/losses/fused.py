@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -360,17 +361,17 @@ class _Softmax:
     z_top: Tensor
     rest: Tensor
 
-    @property
+    @cached_property
     def p_top(self) -> Tensor:
         """p of the likeliest token, [t, 1]; what it multiplies `e` by to give p of the others."""
         return 1 / (1 + self.rest)
 
-    @property
+    @cached_property
     def log_top(self) -> Tensor:
         """log p of the likeliest token."""
         return -torch.log1p(self.rest)
 
-    @property
+    @cached_property
     def log_norm(self) -> Tensor:
         """log of the sum of e^z."""
         return self.z_top - self.log_top
