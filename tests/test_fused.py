@@ -27,7 +27,7 @@ from safecli.losses import (
     linear_losses,
     onehot,
 )
-from safecli.losses.fused import Bound, best_bound
+from safecli.losses.problem import Bound, best_bound
 
 T, V, D, K = 13, 40, 6, 5
 POSSIBLE = [

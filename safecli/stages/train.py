@@ -42,7 +42,7 @@ from safecli.costs.build import load_backend, load_cost
 from safecli.errors import InputError, MissingError, RunError, UsageError
 from safecli.losses import Head, Reference, Target, linear_cross_entropy, linear_losses, onehot
 from safecli.losses.baselines import BASELINES, Answers
-from safecli.losses.fused import Term, best_bound, check_bound
+from safecli.losses.problem import Term, best_bound, check_bound
 from safecli.models import (
     LanguageModel,
     adapter_fingerprint,

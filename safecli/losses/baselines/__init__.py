@@ -9,7 +9,7 @@ from safecli.losses.baselines.emo import emo, emo_by_distance
 from safecli.losses.baselines.gradient_ascent import gradient_ascent
 from safecli.losses.baselines.npo import npo, safe_unlearning, simnpo
 from safecli.losses.baselines.unlikelihood import anchored_unlikelihood, unlikelihood
-from safecli.losses.fused import Head
+from safecli.losses.problem import Head
 
 BASELINES: dict[str, Callable[[Tensor, Tensor | Head, Answers], Tensor]] = {
     "unlikelihood": unlikelihood,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from safecli.costs import Cost
-from safecli.losses.fused import Head, Reference, linear_cross_entropy
+from safecli.losses.fused import linear_cross_entropy
+from safecli.losses.problem import Head, Reference
 
 
 @dataclass(frozen=True)

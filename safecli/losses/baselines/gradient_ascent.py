@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from safecli.losses.baselines.answers import Answers
-from safecli.losses.fused import Head, linear_cross_entropy
+from safecli.losses.fused import linear_cross_entropy
+from safecli.losses.problem import Head
 
 
 def gradient_ascent(hidden: Tensor, weight: Tensor | Head, answers: Answers) -> Tensor:
