@@ -18,6 +18,8 @@ from safecli.models import LanguageModel, free_memory, is_out_of_memory
 
 REFILL = 4
 """New prompts are read when this part of the rows is free: one prompt at a time would read them slowly."""
+ROOM = 128
+"""So many tokens are written before what is known of a row has to be copied to where there is room for more."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,69 @@ class _Picker:
         return scores
 
 
+class _Room(DynamicLayer):  # type: ignore[misc]
+    """Keys and values [B, H, L, D] of a layer as a window of larger blocks, so that what is known is rarely copied.
+
+    A token is written behind the others; a row moves into the place of one that ended; new rows come after the last.
+    """
+
+    blocks: tuple[torch.Tensor, torch.Tensor]
+    rows = start = end = 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write down what the layer made of new tokens, and give it all back."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.blocks, self.rows = (key_states[:, :, :0], value_states[:, :, :0]), len(key_states)
+        after = self.end + key_states.shape[2]
+        if after > self.blocks[0].shape[2]:
+            self._move(self.rows, self.end - self.start, key_states.shape[2])
+            after = self.end + key_states.shape[2]
+        for block, states in zip(self.blocks, (key_states, value_states), strict=True):
+            block[: self.rows, :, self.end : after] = states
+        self._show(self.rows, self.start, after)
+        return self.keys, self.values
+
+    def keep(self, order: Sequence[int], first: int) -> None:
+        """Row i is what row order[i] >= i was, and there are no others; the first columns go."""
+        for block in self.blocks:
+            for row, was in enumerate(order):
+                if row != was:
+                    block[row, :, self.start : self.end] = block[was, :, self.start : self.end]
+        self._show(len(order), self.start + first, self.end)
+
+    def join(self, other: _Room) -> None:
+        """Take up the rows of another, the shorter of both with nothing before it."""
+        rows, length, theirs = self.rows + other.rows, self.end - self.start, other.end - other.start
+        if rows > len(self.blocks[0]) or theirs > self.end:
+            self._move(rows, max(length, theirs))
+        for block, states in zip(self.blocks, (other.keys, other.values), strict=True):
+            block[self.rows : rows, :, self.end - theirs : self.end] = states
+        self._show(rows, self.end - max(length, theirs), self.end)
+
+    def _move(self, rows: int, length: int, more: int = 0) -> None:
+        """Larger blocks for so many rows, with the window at the end of the first `length` columns."""
+        own, blocks = self.end - self.start, []
+        for old in self.blocks:
+            new = old.new_zeros(rows, old.shape[1], length + more + ROOM, old.shape[3])
+            new[: self.rows, :, length - own : length] = old[: self.rows, :, self.start : self.end]
+            blocks.append(new)
+        self.blocks = (blocks[0], blocks[1])
+        self._show(self.rows, length - own, length)
+
+    def _show(self, rows: int, start: int, end: int) -> None:
+        self.rows, self.start, self.end = rows, start, end
+        self.keys, self.values = (block[:rows, :, start:end] for block in self.blocks)
+
+
+def _memory(model: Any) -> DynamicCache:
+    cache = DynamicCache(config=_inner(model).config)
+    cache.layers = [_Room() for _ in cache.layers]
+    return cache
+
+
 @dataclass
 class _Rows:
     """Answers under way: which request each row answers, all its tokens [B, L] with their mask, and what was computed.
@@ -77,16 +142,18 @@ class _Rows:
     cache: DynamicCache
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all other rows, and the columns that only they had."""
-        index = torch.tensor(rows, device=self.ids.device)
-        self.request = [self.request[row] for row in rows]
-        self.generators = [self.generators[row] for row in rows]
-        self.said = [self.said[row] for row in rows]
+        """Drop all other rows, and the columns that only they had; the last ones take the places of those that go."""
+        staying, last = set(rows), [row for row in rows if row >= len(rows)]
+        order = [row if row in staying else last.pop() for row in range(len(rows))]
+        index = torch.tensor(order, device=self.ids.device)
+        self.request = [self.request[row] for row in order]
+        self.generators = [self.generators[row] for row in order]
+        self.said = [self.said[row] for row in order]
         self.mask = self.mask[index]
         first = int(self.mask.any(0).to(torch.uint8).argmax())
         self.ids, self.mask = self.ids[index, first:], self.mask[:, first:]
         for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[index, :, first:], layer.values[index, :, first:]
+            layer.keep(order, first)
 
     def join(self, other: _Rows) -> None:
         """Take up the rows of another."""
@@ -95,14 +162,13 @@ class _Rows:
         self.said += other.said
         self.ids, self.mask = (_stacked(*pair) for pair in ((self.ids, other.ids), (self.mask, other.mask)))
         for own, new in zip(self.cache.layers, other.cache.layers, strict=True):
-            own.keys, own.values = _stacked(own.keys, new.keys, 2), _stacked(own.values, new.values, 2)
+            own.join(new)
 
 
-def _stacked(a: torch.Tensor, b: torch.Tensor, dim: int = 1) -> torch.Tensor:
-    """Two batches as one, the shorter padded with zeros at the beginning of `dim`."""
-    length = max(a.shape[dim], b.shape[dim])
-    after = [0, 0] * (a.ndim - 1 - dim)
-    return torch.cat([functional.pad(part, [*after, length - part.shape[dim], 0]) for part in (a, b)])
+def _stacked(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Two batches [B, L] as one, the shorter padded with zeros at its beginning."""
+    length = max(a.shape[1], b.shape[1])
+    return torch.cat([functional.pad(part, [length - part.shape[1], 0]) for part in (a, b)])
 
 
 class _Engine:
@@ -142,16 +208,17 @@ class _Engine:
     def _read(self, numbers: list[int]) -> _Rows:
         """Read prompts and pick the first token of each answer."""
         batch = self.padded([self.requests[number] for number in numbers])
-        mask = batch["attention_mask"]
+        mask, cache = batch["attention_mask"], _memory(self.model)
         output = self.model(
             input_ids=batch["input_ids"],
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             use_cache=True,
             logits_to_keep=1,
+            **{self.memory: cache},
         )
         generators = [torch.Generator().manual_seed(self.requests[number].seed) for number in numbers]
-        rows = _Rows(numbers, generators, [[] for _ in numbers], batch["input_ids"], mask, output[self.memory])
+        rows = _Rows(numbers, generators, [[] for _ in numbers], batch["input_ids"], mask, cache)
         self._take(rows, output.logits)
         return rows
 

@@ -1,9 +1,23 @@
 """How a model answers: alone, in a batch, and in rows that take up the next prompt when an answer ends."""
 
+from unittest import mock
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from safecli.generation import Answer, Request, _can_refill, _Engine, _Picker, _whole_batches, fitting_batch, generate
+from safecli.generation import (
+    Answer,
+    Request,
+    _can_refill,
+    _Engine,
+    _Picker,
+    _Room,
+    _whole_batches,
+    fitting_batch,
+    generate,
+)
 from safecli.models import LanguageModel
 from safecli.records import shipped
 
@@ -68,3 +82,37 @@ def test_an_opening_is_part_of_the_answer(demo: LanguageModel) -> None:
     assert isinstance(found, Answer)
     assert found.text.startswith("The colour is ")
     assert found.tokens == 4
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["say", "keep", "join"]), st.integers(0, 2**16)), max_size=25),
+    st.integers(1, 4),
+    st.integers(1, 9),
+)
+def test_rooms_hold_what_was_written_for_every_row(steps: list[tuple[str, int]], rows: int, length: int) -> None:
+    with mock.patch("safecli.generation.ROOM", 3):
+        room, said = _Room(), torch.randn(rows, 2, length, 4)
+        room.update(said, -said)
+        expected = list(said)
+        for step, number in steps:
+            if step == "say":
+                said = torch.randn(len(expected), 2, 1, 4)
+                room.update(said, -said)
+                expected = [torch.cat([old, new], 1) for old, new in zip(expected, said, strict=True)]
+            elif step == "keep" and len(expected) > 1:
+                gone = number % len(expected)
+                order = [row if row != gone else len(expected) - 1 for row in range(len(expected) - 1)]
+                expected = [expected[row] for row in order]
+                longest = max(row.shape[1] for row in expected)
+                room.keep(order, room.keys.shape[2] - longest)
+            elif step == "join":
+                said = torch.randn(1 + number % 3, 2, 1 + number % 11, 4)
+                other = _Room()
+                other.update(said, -said)
+                room.join(other)
+                expected += list(said)
+            assert room.keys.shape[:3] == (len(expected), 2, max(row.shape[1] for row in expected))
+            for keys, values, row in zip(room.keys, room.values, expected, strict=True):
+                assert torch.equal(keys[:, -row.shape[1] :], row)
+                assert torch.equal(values[:, -row.shape[1] :], -row)
+            assert room.keys.isfinite().all()
