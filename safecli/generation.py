@@ -19,7 +19,7 @@ from safecli.models import LanguageModel, free_memory, is_out_of_memory
 REFILL = 4
 """New prompts are read when this part of the rows is free: one prompt at a time would read them slowly."""
 ROOM = 128
-"""So many tokens are written before what is known of a row has to be copied to where there is room for more."""
+"""So many tokens can be written before what is known of the rows is copied to where there is room for more."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class _Room(DynamicLayer):  # type: ignore[misc]
     """Keys and values [B, H, L, D] of a layer as a window of larger blocks, so that what is known is rarely copied.
 
     A token is written behind the others; a row moves into the place of one that ended; new rows come after the last.
+    Nothing but `update`, `keep` and `join` may change it.
     """
 
     blocks: tuple[torch.Tensor, torch.Tensor]
@@ -80,10 +81,10 @@ class _Room(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.blocks, self.rows = (key_states[:, :, :0], value_states[:, :, :0]), len(key_states)
-        after = self.end + key_states.shape[2]
-        if after > self.blocks[0].shape[2]:
-            self._move(self.rows, self.end - self.start, key_states.shape[2])
-            after = self.end + key_states.shape[2]
+        more = key_states.shape[2]
+        if self.end + more > self.blocks[0].shape[2]:
+            self._move(self.rows, self.end - self.start, more)
+        after = self.end + more
         for block, states in zip(self.blocks, (key_states, value_states), strict=True):
             block[: self.rows, :, self.end : after] = states
         self._show(self.rows, self.start, after)
@@ -98,16 +99,19 @@ class _Room(DynamicLayer):  # type: ignore[misc]
         self._show(len(order), self.start + first, self.end)
 
     def join(self, other: _Room) -> None:
-        """Take up the rows of another, the shorter of both with nothing before it."""
+        """Take up the rows of another, the shorter of both behind zeros (a mask would not hide infinity or NaN)."""
         rows, length, theirs = self.rows + other.rows, self.end - self.start, other.end - other.start
         if rows > len(self.blocks[0]) or theirs > self.end:
             self._move(rows, max(length, theirs))
+        start = self.end - max(length, theirs)
         for block, states in zip(self.blocks, (other.keys, other.values), strict=True):
+            block[: self.rows, :, start : self.start] = 0
+            block[self.rows : rows, :, start : self.end - theirs] = 0
             block[self.rows : rows, :, self.end - theirs : self.end] = states
-        self._show(rows, self.end - max(length, theirs), self.end)
+        self._show(rows, start, self.end)
 
     def _move(self, rows: int, length: int, more: int = 0) -> None:
-        """Larger blocks for so many rows, with the window at the end of the first `length` columns."""
+        """New blocks for so many rows, with the window at the end of the first `length` columns and room for `more`."""
         own, blocks = self.end - self.start, []
         for old in self.blocks:
             new = old.new_zeros(rows, old.shape[1], length + more + ROOM, old.shape[3])
@@ -121,7 +125,8 @@ class _Room(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (block[:rows, :, start:end] for block in self.blocks)
 
 
-def _memory(model: Any) -> DynamicCache:
+def _empty_cache(model: Any) -> DynamicCache:
+    """What a model that `_can_refill` remembers before it has read anything."""
     cache = DynamicCache(config=_inner(model).config)
     cache.layers = [_Room() for _ in cache.layers]
     return cache
@@ -143,8 +148,7 @@ class _Rows:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all other rows, and the columns that only they had; the last ones take the places of those that go."""
-        staying, last = set(rows), [row for row in rows if row >= len(rows)]
-        order = [row if row in staying else last.pop() for row in range(len(rows))]
+        order = _places(rows)
         index = torch.tensor(order, device=self.ids.device)
         self.request = [self.request[row] for row in order]
         self.generators = [self.generators[row] for row in order]
@@ -165,6 +169,12 @@ class _Rows:
             own.join(new)
 
 
+def _places(rows: Sequence[int]) -> list[int]:
+    """Which of the ascending `rows` moves to each of the first places: those that are there already stay."""
+    there, last = set(rows), [row for row in rows if row >= len(rows)]
+    return [place if place in there else last.pop() for place in range(len(rows))]
+
+
 def _stacked(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Two batches [B, L] as one, the shorter padded with zeros at its beginning."""
     length = max(a.shape[1], b.shape[1])
@@ -178,7 +188,7 @@ class _Engine:
         self.model, self.tokenizer = language_model.model, language_model.tokenizer
         self.requests, self.longest = requests, longest
         self.stops = {language_model.end_id, int(self.tokenizer.eos_token_id)}
-        self.memory = "cache" if "cache" in _parameters(self.model) else "past_key_values"
+        self.cache_argument = "cache" if "cache" in _parameters(self.model) else "past_key_values"
         self.pick = _Picker(self.model, temperature)
         self.said: dict[int, list[int]] = {}
 
@@ -189,11 +199,11 @@ class _Engine:
         while waiting or rows:
             free = slots - (len(rows.request) if rows else 0)
             if waiting and (rows is None or free * REFILL >= slots):
-                new = self._read([waiting.popleft() for _ in range(min(free, len(waiting)))])
+                numbers = [waiting.popleft() for _ in range(min(free, len(waiting)))]
                 if rows:
-                    rows.join(new)
+                    rows.join(self._read(numbers))
                 else:
-                    rows = new
+                    rows = self._read(numbers)
             else:
                 assert rows
                 self._step(rows)
@@ -208,14 +218,14 @@ class _Engine:
     def _read(self, numbers: list[int]) -> _Rows:
         """Read prompts and pick the first token of each answer."""
         batch = self.padded([self.requests[number] for number in numbers])
-        mask, cache = batch["attention_mask"], _memory(self.model)
+        mask, cache = batch["attention_mask"], _empty_cache(self.model)
         output = self.model(
             input_ids=batch["input_ids"],
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             use_cache=True,
             logits_to_keep=1,
-            **{self.memory: cache},
+            **{self.cache_argument: cache},
         )
         generators = [torch.Generator().manual_seed(self.requests[number].seed) for number in numbers]
         rows = _Rows(numbers, generators, [[] for _ in numbers], batch["input_ids"], mask, cache)
@@ -229,7 +239,7 @@ class _Engine:
             attention_mask=rows.mask,
             position_ids=rows.mask.sum(1, keepdim=True) - 1,
             use_cache=True,
-            **{self.memory: rows.cache},
+            **{self.cache_argument: rows.cache},
         )
         self._take(rows, output.logits)
 
@@ -331,7 +341,7 @@ def fitting_batch(language_model: LanguageModel, tokens: int, cap: int = 48) -> 
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     item = language_model.head.element_size()
-    cache = 2 * 2 * config.num_hidden_layers * heads * head_dim * item * tokens
+    cache = 2 * 2 * config.num_hidden_layers * heads * head_dim * item * (tokens + ROOM)
     fitting = free_memory(language_model.device) // 4 // int(cache + 12 * config.vocab_size)
     return max(1, min(cap, fitting))
 

@@ -13,6 +13,7 @@ from safecli.generation import (
     _can_refill,
     _Engine,
     _Picker,
+    _places,
     _Room,
     _whole_batches,
     fitting_batch,
@@ -86,33 +87,40 @@ def test_an_opening_is_part_of_the_answer(demo: LanguageModel) -> None:
 
 @given(
     st.lists(st.tuples(st.sampled_from(["say", "keep", "join"]), st.integers(0, 2**16)), max_size=25),
-    st.integers(1, 4),
+    st.integers(1, 5),
     st.integers(1, 9),
 )
-def test_rooms_hold_what_was_written_for_every_row(steps: list[tuple[str, int]], rows: int, length: int) -> None:
+def test_rooms_hold_what_was_written_for_every_row_and_nothing_before(
+    steps: list[tuple[str, int]], rows: int, length: int
+) -> None:
+    """Rows that are dropped hold infinity, which no mask would hide."""
+
+    def write(room: _Room, keys: torch.Tensor) -> list[torch.Tensor]:
+        room.update(keys, -keys[..., :2])
+        return list(keys)
+
     with mock.patch("safecli.generation.ROOM", 3):
-        room, said = _Room(), torch.randn(rows, 2, length, 4)
-        room.update(said, -said)
-        expected = list(said)
+        room = _Room()
+        expected = write(room, torch.randn(rows, 2, length, 4))
         for step, number in steps:
             if step == "say":
-                said = torch.randn(len(expected), 2, 1, 4)
-                room.update(said, -said)
+                said = write(room, torch.randn(len(expected), 2, 1, 4))
                 expected = [torch.cat([old, new], 1) for old, new in zip(expected, said, strict=True)]
-            elif step == "keep" and len(expected) > 1:
-                gone = number % len(expected)
-                order = [row if row != gone else len(expected) - 1 for row in range(len(expected) - 1)]
+            elif step == "keep":
+                staying = [row for row in range(len(expected)) if number >> row & 1] or [0]
+                for row in set(range(len(expected))) - set(staying):
+                    room.keys[row] = room.values[row] = torch.inf
+                order = _places(staying)
+                assert sorted(order) == staying
                 expected = [expected[row] for row in order]
-                longest = max(row.shape[1] for row in expected)
-                room.keep(order, room.keys.shape[2] - longest)
-            elif step == "join":
-                said = torch.randn(1 + number % 3, 2, 1 + number % 11, 4)
+                room.keep(order, room.keys.shape[2] - max(row.shape[1] for row in expected))
+            else:
                 other = _Room()
-                other.update(said, -said)
+                expected += write(other, torch.randn(1 + number % 3, 2, 1 + number % 11, 4))
                 room.join(other)
-                expected += list(said)
             assert room.keys.shape[:3] == (len(expected), 2, max(row.shape[1] for row in expected))
             for keys, values, row in zip(room.keys, room.values, expected, strict=True):
                 assert torch.equal(keys[:, -row.shape[1] :], row)
-                assert torch.equal(values[:, -row.shape[1] :], -row)
+                assert torch.equal(values[:, -row.shape[1] :], -row[..., :2])
             assert room.keys.isfinite().all()
+            assert room.values.isfinite().all()

@@ -1,4 +1,4 @@
-"""What `fused` does between its matrix products, as two functions for `torch.compile`, which makes few passes of them.
+"""What `chunks` does between its matrix products, as two functions for `torch.compile`, which makes few passes of them.
 
 The same arithmetic without buffers: for GPUs, where passes over [t, V] weigh as much as the products.
 """
