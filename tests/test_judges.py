@@ -262,7 +262,7 @@ def test_the_judge_of_refusals_agrees_with_people(tmp_path: Path) -> None:
         pytest.skip(f"the labelled completions of {SHARED} are not here")
     options = CalibrateOptions(judge="refusal", labels="final_label", positive="2_full_refusal,3_partial_refusal")
     found = []
-    for file in files:  # every fifth row, for time; on all of them F1 is 0.938 and 0.903
+    for file in files:  # every fifth row, for time; on all of them F1 is 0.953 and 0.922
         with file.open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))[::5]
         write_rows(tmp_path / file.name, rows)
