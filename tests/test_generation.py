@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from safecli.generation import (
@@ -90,6 +90,7 @@ def test_an_opening_is_part_of_the_answer(demo: LanguageModel) -> None:
     st.integers(1, 5),
     st.integers(1, 9),
 )
+@example([("join", 10), ("keep", 1), ("join", 33), ("join", 3)], 1, 1)  # a window that shrinks and grows again
 def test_rooms_hold_what_was_written_for_every_row_and_nothing_before(
     steps: list[tuple[str, int]], rows: int, length: int
 ) -> None:
