@@ -71,7 +71,7 @@ class _Room(DynamicLayer):  # type: ignore[misc]
     Nothing but `update`, `keep` and `join` may change it.
     """
 
-    blocks: tuple[torch.Tensor, torch.Tensor]
+    blocks: list[torch.Tensor]
     rows = start = end = 0
 
     def update(
@@ -80,7 +80,7 @@ class _Room(DynamicLayer):  # type: ignore[misc]
         """Write down what the layer made of new tokens, and give it all back."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.blocks, self.rows = (key_states[:, :, :0], value_states[:, :, :0]), len(key_states)
+            self.blocks, self.rows = [key_states[:, :, :0], value_states[:, :, :0]], len(key_states)
         more = key_states.shape[2]
         if self.end + more > self.blocks[0].shape[2]:
             self._move(self.rows, self.end - self.start, more)
@@ -117,7 +117,7 @@ class _Room(DynamicLayer):  # type: ignore[misc]
             new = old.new_zeros(rows, old.shape[1], length + more + ROOM, old.shape[3])
             new[: self.rows, :, length - own : length] = old[: self.rows, :, self.start : self.end]
             blocks.append(new)
-        self.blocks = (blocks[0], blocks[1])
+        self.blocks = blocks
         self._show(self.rows, length - own, length)
 
     def _show(self, rows: int, start: int, end: int) -> None:

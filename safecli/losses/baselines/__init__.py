@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from safecli.losses import Head
 from safecli.losses.baselines.answers import Answers
 from safecli.losses.baselines.emo import emo, emo_by_distance
 from safecli.losses.baselines.gradient_ascent import gradient_ascent
 from safecli.losses.baselines.npo import npo, safe_unlearning, simnpo
 from safecli.losses.baselines.unlikelihood import anchored_unlikelihood, unlikelihood
-from safecli.losses.problem import Head
 
 BASELINES: dict[str, Callable[[Tensor, Tensor | Head, Answers], Tensor]] = {
     "unlikelihood": unlikelihood,

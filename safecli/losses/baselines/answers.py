@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from safecli.costs import Cost
-from safecli.losses.fused import linear_cross_entropy
-from safecli.losses.problem import Head, Reference
+from safecli.losses import Head, Reference, linear_cross_entropy
 
 
 @dataclass(frozen=True)

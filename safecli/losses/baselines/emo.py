@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
+from safecli.losses import Head, linear_cross_entropy, linear_emd
 from safecli.losses.baselines.answers import Answers
-from safecli.losses.fused import linear_cross_entropy, linear_emd
-from safecli.losses.problem import Head
 
 MOST = 3.0
 TINY = 1e-10

@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
+from safecli.losses import Head, linear_cross_entropy
 from safecli.losses.baselines.answers import Answers
-from safecli.losses.fused import linear_cross_entropy
-from safecli.losses.problem import Head
 
 
 def gradient_ascent(hidden: Tensor, weight: Tensor | Head, answers: Answers) -> Tensor:

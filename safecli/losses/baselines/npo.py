@@ -3,9 +3,8 @@
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from safecli.losses import Head, linear_cross_entropy
 from safecli.losses.baselines.answers import Answers
-from safecli.losses.fused import linear_cross_entropy
-from safecli.losses.problem import Head
 
 
 def npo(hidden: Tensor, weight: Tensor | Head, answers: Answers, beta: float = 0.1) -> Tensor:

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
+from safecli.losses import Head, linear_cross_entropy, linear_losses
 from safecli.losses.baselines.answers import Answers
-from safecli.losses.fused import linear_cross_entropy, linear_losses
-from safecli.losses.problem import Head
 
 
 def unlikelihood(hidden: Tensor, weight: Tensor | Head, answers: Answers) -> Tensor:
