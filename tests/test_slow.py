@@ -175,6 +175,7 @@ def load_words() -> Any:
     "cost",
     [
         "token",
+        "token:transform=whitened",
         "sentence",
         "faiss",
         "mix:token=0.5,sentence=0.5",
