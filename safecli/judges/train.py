@@ -58,7 +58,7 @@ class Task:
 
 TASKS = {
     "outcome": Task(OUTCOMES, head_of, OUTCOME_WEIGHTS, Recipe()),
-    "refusal": Task({"refusal": LABELS}, lambda _: "refusal", REFUSAL_WEIGHTS, Recipe(epochs=2, made_share=0.0)),
+    "refusal": Task({"refusal": LABELS}, lambda _: "refusal", REFUSAL_WEIGHTS, Recipe(made_share=0.0)),
 }
 
 
