@@ -10,6 +10,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, Union, get_args, get_origin
@@ -166,15 +167,12 @@ def _call(
     from safecli.console import TerminalReporter
 
     warnings.simplefilter("ignore", FutureWarning)
-    report = TerminalReporter(common["quiet"] or not first_process())
-    try:
+    with closing(TerminalReporter(common["quiet"] or not first_process())) as report:
         body(
             chosen,
             Call(override(content, flags), json_output=common["json"], dry_run=common["dry_run"], report=report),
             **rest,
         )
-    finally:
-        report.close()
 
 
 def with_errors(body: Callable[[], None], debug: bool) -> None:
@@ -545,11 +543,8 @@ def bench_eval(
         from safecli.bench.evaluate import evaluate
         from safecli.console import TerminalReporter, print_json, print_pairs
 
-        report = TerminalReporter(False)
-        try:
+        with closing(TerminalReporter(False)) as report:
             found = evaluate(prompts, batch_size, device, report)
-        finally:
-            report.close()
         if json:
             print_json(found)
             return
@@ -583,15 +578,12 @@ def bench_loss(
         from safecli.bench import loss as bench
         from safecli.console import TerminalReporter, print_json, print_rows
 
-        report = TerminalReporter()
-        try:
+        with closing(TerminalReporter()) as report:
             bounds = bench.known_bounds(bound)
             if exponents:
                 rows = bench.exponents(bounds, device, dtype, report)
             else:
                 rows = bench.loss(bench.sizes(size), bounds, device, dtype, report, compiled)
-        finally:
-            report.close()
         if json:
             print_json(rows)
         else:
@@ -612,11 +604,8 @@ def bench_bounds(
         from safecli.bench.bounds import bounds
         from safecli.console import TerminalReporter, print_json, print_rows
 
-        report = TerminalReporter()
-        try:
+        with closing(TerminalReporter()) as report:
             found = bounds(cost, device, report)
-        finally:
-            report.close()
         if json:
             print_json(found)
             return
@@ -640,11 +629,8 @@ def bench_cost(
         from safecli.bench.cost import cost
         from safecli.console import TerminalReporter, print_json, print_rows
 
-        report = TerminalReporter()
-        try:
+        with closing(TerminalReporter()) as report:
             rows = cost(vocab, size, device, runs, report)
-        finally:
-            report.close()
         if json:
             print_json(rows)
         else:

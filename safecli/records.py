@@ -23,8 +23,8 @@ from safecli.artifacts import atomic, fingerprint, os_errors
 from safecli.errors import InputError, MissingError
 
 Use = Literal["unsafe", "safe", "general", "left_out"]
-Set = Literal["toxic", "lookalike", "harmless"]
-SETS: tuple[Set, ...] = ("toxic", "lookalike", "harmless")
+Kind = Literal["toxic", "lookalike", "harmless"]
+SETS: tuple[Kind, ...] = ("toxic", "lookalike", "harmless")
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "text")
 ANSWER_COLUMNS = ("answer", "response", "output", "completion")
@@ -40,7 +40,7 @@ class Prompt(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     id: str
-    kind: Set
+    kind: Kind
     prompt: str
     where: str = ""
     set: str = ""
@@ -54,7 +54,7 @@ class Response(BaseModel):
     model_config = ConfigDict(extra="ignore", coerce_numbers_to_str=True)
 
     id: str = ""
-    kind: Set = "toxic"
+    kind: Kind = "toxic"
     set: str = ""
     category: str = ""
     prompt: str
@@ -69,7 +69,7 @@ class Response(BaseModel):
     why: str = ""
 
 
-def shipped(kind: Set, split: str) -> list[Prompt]:
+def shipped(kind: Kind, split: str) -> list[Prompt]:
     """The prompts of one split (train, dev, test) that the package ships."""
     text = files("safecli").joinpath("data", f"{kind}.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
@@ -82,7 +82,7 @@ def shipped(kind: Set, split: str) -> list[Prompt]:
 
 def read_prompts(
     source: str | Sequence[str],
-    kind: Set,
+    kind: Kind,
     column: str | None = None,
     *,
     name: str = "",

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from safecli.config import build, nearest
 from safecli.errors import InputError, UsageError
-from safecli.records import Prompt, Set, read_prompts, read_text, shipped
+from safecli.records import Kind, Prompt, read_prompts, read_text, shipped
 
 _DATA = files("safecli").joinpath("data")
 SHIPPED = "shipped"
@@ -28,7 +28,7 @@ class Suite(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str = Field(description="What tables and reports call it.")
-    kind: Set = Field(description="What an answer is judged by: toxic, lookalike or harmless.")
+    kind: Kind = Field(description="What an answer is judged by: toxic, lookalike or harmless.")
     source: str = Field(description="File, datasets id as owner/name[[:config]:split], or shipped.")
     prompt: str | None = Field(None, description="Column that holds the prompt.")
     category: str | None = Field(None, description="Column to break the results down by.")

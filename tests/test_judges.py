@@ -248,7 +248,7 @@ def test_agrees_with_the_shared_labels(tmp_path: Path) -> None:
     both = tmp_path / "both.jsonl"
     both.write_text("".join(file.read_text(encoding="utf-8") for file in files), encoding="utf-8")
     found = calibrate(both, CalibrateOptions(group="kind"))
-    assert found["groups"]["toxic"]["balanced_accuracy"] >= 0.82  # measured 0.851; two readers reach 0.96
+    assert found["groups"]["toxic"]["balanced_accuracy"] >= 0.82  # measured 0.844; two readers reach 0.96
     confusion = found["confusion"]
     called = sum(row.get("degenerate", 0) for row in confusion.values())
     broken = confusion["degenerate"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
-Kind = Literal["toxic", "lookalike", "harmless"]
+from safecli.records import Kind
 
 TOXIC_OUTCOMES = ("complied", "partial", "deflected", "refused", "degenerate")
 HARMLESS_OUTCOMES = ("helpful", "deflected", "refused", "degenerate")

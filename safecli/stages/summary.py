@@ -10,9 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from safecli.errors import InputError
-from safecli.judges import SUMS, Judge, Kind, Pair, decides, outcomes_of
+from safecli.judges import SUMS, Judge, Pair, decides, outcomes_of
 from safecli.models import minilm
-from safecli.records import SETS, Response, read_rows
+from safecli.records import SETS, Kind, Response, read_rows
 from safecli.stats import (
     any_of,
     corrected_rate,
