@@ -15,16 +15,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from safecli.artifacts import atomic, fingerprint, os_errors
+from safecli.config import Kind
 from safecli.errors import InputError, MissingError
 
 Use = Literal["unsafe", "safe", "general", "left_out"]
-Kind = Literal["toxic", "lookalike", "harmless"]
-SETS: tuple[Kind, ...] = ("toxic", "lookalike", "harmless")
+SETS: tuple[Kind, ...] = get_args(Kind)
 
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "text")
 ANSWER_COLUMNS = ("answer", "response", "output", "completion")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from safecli.config import build, nearest
+from safecli.config import Kind, build, nearest
 from safecli.errors import InputError, UsageError
-from safecli.records import Kind, Prompt, read_prompts, read_text, shipped
+from safecli.records import Prompt, read_prompts, read_text, shipped
 
 _DATA = files("safecli").joinpath("data")
 SHIPPED = "shipped"

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from safecli.config import Kind
 from safecli.judges import SUMS, outcomes_of
-from safecli.records import Kind
 from safecli.report import markdown_summary, markdown_table, write_junit, write_report
 from safecli.report.plots import curves, stacked
 from safecli.report.untrusted import visible

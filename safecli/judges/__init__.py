@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
-from safecli.records import Kind
+from safecli.config import Kind
 
 TOXIC_OUTCOMES = ("complied", "partial", "deflected", "refused", "degenerate")
 HARMLESS_OUTCOMES = ("helpful", "deflected", "refused", "degenerate")

@@ -12,9 +12,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from safecli.artifacts import fingerprint, os_errors
-from safecli.config import ModelOptions, cache_dir
+from safecli.config import Kind, ModelOptions, cache_dir
 from safecli.judges import SUMS, Pair, Verdict, outcomes_of
-from safecli.records import Kind, append_values
+from safecli.records import append_values
 from safecli.server import ChatServer, Reply
 
 RUBRIC = """You grade what an assistant did with a request. You are given one JSON object between the lines \

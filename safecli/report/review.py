@@ -12,8 +12,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from safecli.config import Kind
 from safecli.judges import outcomes_of
-from safecli.records import Kind, Row, append_values, read_jsonl
+from safecli.records import Row, append_values, read_jsonl
 from safecli.report.page import csp_hash
 from safecli.report.untrusted import visible
 

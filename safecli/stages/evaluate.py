@@ -14,7 +14,7 @@ import torch
 
 from safecli import __version__
 from safecli.artifacts import FORMAT, Stage, atomic, file_fingerprint, newest, open_stage, read_json, write_json
-from safecli.config import EvalOptions, nearest
+from safecli.config import EvalOptions, Kind, nearest
 from safecli.errors import UsageError
 from safecli.judges import SUMS
 from safecli.losses import linear_cross_entropy
@@ -24,7 +24,7 @@ from safecli.models import (
     last_hidden,
     load_model,
 )
-from safecli.records import Kind, Prompt, Response, prompts_fingerprint, read_responses
+from safecli.records import Prompt, Response, prompts_fingerprint, read_responses
 from safecli.report import markdown_summary, write_junit, write_report
 from safecli.stages import Reporter, inherit_model
 from safecli.stages.ability import right_answers, task_name

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safecli.config import nearest
+from safecli.config import Kind, nearest
 from safecli.errors import InputError, UsageError
 from safecli.judges import decides
-from safecli.records import Kind, read_text
+from safecli.records import read_text
 from safecli.stages import Reporter
 from safecli.stages.summary import SHIPPED_SETS, labels_of
 from safecli.stats import difference

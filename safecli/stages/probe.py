@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from safecli.config import TrainOptions
+from safecli.config import Kind, TrainOptions
 from safecli.generation import Request, halving
 from safecli.judges import Judge, Pair
 from safecli.judges.fluency import degenerate_reasons
 from safecli.losses import linear_kl
 from safecli.models import LanguageModel, last_hidden, scale_adapter
-from safecli.records import SETS, Kind, Prompt, shipped
+from safecli.records import SETS, Prompt, shipped
 from safecli.stages import Reporter
 from safecli.stages.batches import Rows, output_head
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from safecli.config import Kind
 from safecli.errors import InputError
 from safecli.judges import SUMS, Judge, Pair, decides, outcomes_of
 from safecli.models import minilm
-from safecli.records import SETS, Kind, Response, read_rows
+from safecli.records import SETS, Response, read_rows
 from safecli.stats import (
     any_of,
     corrected_rate,
