@@ -122,6 +122,9 @@ def test_help_shows_the_commands_without_arguments_too(run_cli: Run) -> None:
         (["collect", "--prompts", "none.txt"], 3, "no file none.txt"),
         (["collect", "--model", "./none"], 4, "no model at"),
         (["collect", "--judge", "outcome", "--model", "owner/no-such-model"], 4, "can't be loaded"),
+        (["cost", "export", "cost.txt", "--model", "./none"], 2, "written to .safetensors or .npz"),
+        (["eval", "--baseline", "bad.jsonl", "--dry-run"], 3, r"--baseline bad\.jsonl is not the results"),
+        (["eval", "--samples", "2", "--dry-run"], 2, "give a --temperature"),
     ],
 )
 def test_an_error_is_short_and_has_its_exit_code(

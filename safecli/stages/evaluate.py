@@ -56,15 +56,7 @@ def evaluate(options: EvalOptions, report: Reporter | None = None) -> Evaluated:
     Errors: `InputError` (prompts, adapter of another base), `MissingError`, `UsageError` (gate), `RunError`.
     """
     report = report or Reporter()
-    if options.server and (options.prefill or options.ability):
-        raise UsageError("--prefill and --ability need a model loaded here: leave them, or --server, out")
-    if options.over_seeds and len(options.adapter) < 2:
-        raise UsageError("--over-seeds: give the --adapter of every seed, two at least")
-    if options.samples > 1 and options.temperature == 0:
-        raise UsageError("--samples: several greedy answers are all the same: give a --temperature too")
-    sets, prompts = _sets(options, report)
-    before = read_baseline(options.baseline) if options.baseline else None
-    gates = _gates([*options.fail_if, *(regressions(_kinds(sets), before) if before else ())], options, sets)
+    sets, prompts, before, gates = _asked(options, report)
     options = inherit_model(options, report)
     adapters = _adapters(options, report)
     stage = Stage(options.run, "eval", _identity(options, prompts, adapters))
@@ -93,13 +85,28 @@ def evaluate(options: EvalOptions, report: Reporter | None = None) -> Evaluated:
 
 def preview(options: EvalOptions, report: Reporter) -> dict[str, Any]:
     """What `eval` would do: its folder, whether it is done, models and prompts of each set."""
-    sets, prompts = _sets(options, report)
-    _gates(options.fail_if, options, sets)
+    _, prompts, _, _ = _asked(options, report)
     options = inherit_model(options, report)
     adapters = _adapters(options, report)
     stage = Stage(options.run, "eval", _identity(options, prompts, adapters))
     counts = dict(Counter(prompt.set for prompt in prompts))
     return {"folder": str(stage.path), "done": stage.done, "models": ["base", *adapters], "prompts": counts}
+
+
+def _asked(
+    options: EvalOptions, report: Reporter
+) -> tuple[dict[str, PromptSet], list[Prompt], dict[str, Any] | None, list[Gate]]:
+    """What the options ask for, checked before any model is loaded: sets, prompts, the baseline, and the gates."""
+    if options.server and (options.prefill or options.ability):
+        raise UsageError("--prefill and --ability need a model loaded here: leave them, or --server, out")
+    if options.over_seeds and len(options.adapter) < 2:
+        raise UsageError("--over-seeds: give the --adapter of every seed, two at least")
+    if options.samples > 1 and options.temperature == 0:
+        raise UsageError("--samples: several greedy answers are all the same: give a --temperature too")
+    sets, prompts = _sets(options, report)
+    before = read_baseline(options.baseline) if options.baseline else None
+    gates = _gates([*options.fail_if, *(regressions(_kinds(sets), before) if before else ())], options, sets)
+    return sets, prompts, before, gates
 
 
 def _adapters(options: EvalOptions, report: Reporter) -> dict[str, Path]:
