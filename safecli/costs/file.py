@@ -16,7 +16,7 @@ from torch import Tensor
 from safecli.artifacts import atomic
 from safecli.costs import Cost, DenseCost, Neighbours, SparseCost, Vocabulary
 from safecli.costs.build import vocabulary_fingerprint
-from safecli.errors import InputError, UsageError
+from safecli.errors import InputError
 
 VOCABULARY = "vocabulary"
 """Under this name a file says which vocabulary it is for; one that doesn't is taken by its size."""
@@ -105,13 +105,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def write_tensors(cost: Cost, vocabulary: Vocabulary, path: Path) -> None:
-    """Write a cost to a `.safetensors` or `.npz` file, whole or not at all; `UsageError` for another ending."""
+    """Write a cost to a `.safetensors` or, for any other ending, a `.npz` file, whole or not at all."""
     made_for = vocabulary_fingerprint(vocabulary)
     tensors: dict[str, Any] = {name: value for name, value in vars(cost).items() if isinstance(value, Tensor)}
     if not isinstance(cost, DenseCost):
         tensors["ceiling"] = torch.tensor(cost.ceiling, dtype=torch.float64)
-    if path.suffix not in (".safetensors", ".npz"):
-        raise UsageError(f"{path}: a cost is written to .safetensors or .npz")
     with atomic(path) as beside:
         if path.suffix == ".safetensors":
             save_file(tensors, beside, metadata={VOCABULARY: made_for})

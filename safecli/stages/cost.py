@@ -129,7 +129,12 @@ def show_cost(options: CostOptions, text: str, count: int, report: Reporter | No
 
 
 def export_cost(options: CostOptions, path: Path, report: Reporter | None = None) -> Path:
-    """Write the cost that the options name to a `.safetensors` or `.npz` file, building it first where need be."""
+    """Write the cost that the options name to a `.safetensors` or `.npz` file, building it first where need be.
+
+    Errors: `UsageError` for another ending, before anything is built.
+    """
+    if path.suffix not in (".safetensors", ".npz"):
+        raise UsageError(f"{path}: a cost is written to .safetensors or .npz")
     model, cost, _ = _loaded(options, report or Reporter())
     write_tensors(cost, vocabulary_of(model), path)
     return path
