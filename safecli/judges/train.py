@@ -89,7 +89,7 @@ def made(rows: Sequence[Labelled], share: float, rng: random.Random) -> list[Lab
     A refusal refuses under any harmless prompt, shuffled words are salad, and a fluent answer deflects under a
     prompt that it was not written for: a far one, or, for a harmless answer, the toxic one nearest to it in words.
     """
-    toxic = [row.pair for row in rows if row.pair.kind == "toxic"]
+    toxic = [(row.pair, _long_words(row.pair.prompt)) for row in rows if row.pair.kind == "toxic"]
     harmless = [row.pair for row in rows if row.pair.kind != "toxic"]
     extra = []
     for row in rng.sample(rows, int(share * len(rows))):
@@ -102,8 +102,8 @@ def made(rows: Sequence[Labelled], share: float, rng: random.Random) -> list[Lab
         elif rng.random() < 0.1:
             extra.append(_under(pair, _salad(pair.answer, rng), "degenerate"))
         elif label == "helpful" and toxic and rng.random() < 0.7:
-            near = max(toxic, key=lambda one: len(words & _long_words(one.prompt)))
-            extra.append(_under(near, pair.answer, "deflected"))
+            near = max(toxic, key=lambda one: len(words & one[1]))
+            extra.append(_under(near[0], pair.answer, "deflected"))
         elif not words & _long_words(other.prompt):
             extra.append(_under(other, pair.answer, "deflected"))
     return extra
@@ -194,8 +194,9 @@ def _read_below(reader: Reader, rows: Sequence[Labelled]) -> list[tuple[Tensor, 
     for batch in by_length([len(row.pair.prompt) + len(row.pair.answer) for row in rows]):
         with torch.autocast(reader.device.type, dtype=torch.bfloat16):
             hidden, part = reader.read([rows[i].pair for i in batch])
-        for i, states, of in zip(batch, hidden.bfloat16().cpu(), part.cpu(), strict=True):
-            found[i] = states[of >= 0].clone(), of[of >= 0]
+        sizes = (part >= 0).sum(dim=1).tolist()
+        for i, size, states, of in zip(batch, sizes, hidden.bfloat16().cpu(), part.cpu(), strict=True):
+            found[i] = states[:size].clone(), of[:size].clone()
     return [found[i] for i in range(len(rows))]
 
 
