@@ -105,7 +105,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def write_tensors(cost: Cost, vocabulary: Vocabulary, path: Path) -> None:
-    """Write a cost to a `.safetensors` or, for any other ending, a `.npz` file, whole or not at all."""
+    """Write a cost to a `.safetensors` or a `.npz` file, as its ending says, whole or not at all."""
     made_for = vocabulary_fingerprint(vocabulary)
     tensors: dict[str, Any] = {name: value for name, value in vars(cost).items() if isinstance(value, Tensor)}
     if not isinstance(cost, DenseCost):

@@ -102,8 +102,8 @@ def made(rows: Sequence[Labelled], share: float, rng: random.Random) -> list[Lab
         elif rng.random() < 0.1:
             extra.append(_under(pair, _salad(pair.answer, rng), "degenerate"))
         elif label == "helpful" and toxic and rng.random() < 0.7:
-            near = max(toxic, key=lambda one: len(words & one[1]))
-            extra.append(_under(near[0], pair.answer, "deflected"))
+            near, _ = max(toxic, key=lambda one: len(words & one[1]))
+            extra.append(_under(near, pair.answer, "deflected"))
         elif not words & _long_words(other.prompt):
             extra.append(_under(other, pair.answer, "deflected"))
     return extra
