@@ -16,7 +16,7 @@ from torch import Tensor
 from safecli.artifacts import atomic
 from safecli.costs import Cost, DenseCost, Neighbours, SparseCost, Vocabulary
 from safecli.costs.build import vocabulary_fingerprint
-from safecli.errors import InputError
+from safecli.errors import InputError, UsageError
 
 VOCABULARY = "vocabulary"
 """Under this name a file says which vocabulary it is for; one that doesn't is taken by its size."""
@@ -104,8 +104,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         raise InputError(f"{path} can't be read as a cost: {error}") from error
 
 
+def check_ending(path: Path) -> None:
+    """`UsageError` unless a cost can be written to a file of this ending."""
+    if path.suffix not in (".safetensors", ".npz"):
+        raise UsageError(f"{path}: a cost is written to .safetensors or .npz")
+
+
 def write_tensors(cost: Cost, vocabulary: Vocabulary, path: Path) -> None:
-    """Write a cost to a `.safetensors` or a `.npz` file, as its ending says, whole or not at all."""
+    """Write a cost to a `.safetensors` or `.npz` file, whole or not at all; `UsageError` for another ending."""
+    check_ending(path)
     made_for = vocabulary_fingerprint(vocabulary)
     tensors: dict[str, Any] = {name: value for name, value in vars(cost).items() if isinstance(value, Tensor)}
     if not isinstance(cost, DenseCost):

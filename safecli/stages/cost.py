@@ -13,7 +13,7 @@ from safecli.artifacts import read_manifest
 from safecli.config import CostOptions
 from safecli.costs import Cost, DenseCost, unit
 from safecli.costs.build import load_backend, load_cost, vocabulary_of
-from safecli.costs.file import write_tensors
+from safecli.costs.file import check_ending, write_tensors
 from safecli.errors import InputError, MissingError, UsageError
 from safecli.models import LanguageModel, load_model, package_folder
 from safecli.report.map import write_map
@@ -133,8 +133,7 @@ def export_cost(options: CostOptions, path: Path, report: Reporter | None = None
 
     Errors: `UsageError` for another ending, before anything is built.
     """
-    if path.suffix not in (".safetensors", ".npz"):
-        raise UsageError(f"{path}: a cost is written to .safetensors or .npz")
+    check_ending(path)
     model, cost, _ = _loaded(options, report or Reporter())
     write_tensors(cost, vocabulary_of(model), path)
     return path

@@ -56,23 +56,21 @@ def evaluate(options: EvalOptions, report: Reporter | None = None) -> Evaluated:
     Errors: `InputError` (prompts, adapter of another base), `MissingError`, `UsageError` (gate), `RunError`.
     """
     report = report or Reporter()
-    sets, prompts, before, gates = _asked(options, report)
-    options = inherit_model(options, report)
-    adapters = _adapters(options, report)
-    stage = Stage(options.run, "eval", _identity(options, prompts, adapters))
+    plan = _plan(options, report)
+    options, stage = plan.options, plan.stage
     with open_stage(stage):
         if stage.done:
             report.say(f"already evaluated: {stage.path}")
         else:
-            _evaluate(options, sets, prompts, adapters, stage, report)
+            _evaluate(options, plan.sets, plan.prompts, plan.adapters, stage, report)
         results = read_json(stage.path / "results.json")
         results["report"] = str(options.run / "report.html")
-        results["adapters"] = {name: str(path) for name, path in adapters.items()}
-        if before:
-            compare_with(results, before, report)
+        results["adapters"] = {name: str(path) for name, path in plan.adapters.items()}
+        if plan.baseline:
+            compare_with(results, plan.baseline, report)
         results["gates"] = [
             {"expression": gate.expression, "model": name, "value": gate.value(model), "failed": gate.fails(model)}
-            for gate in gates
+            for gate in plan.gates
             for name, model in results["models"].items()
             if name != "base"
         ]
@@ -85,18 +83,27 @@ def evaluate(options: EvalOptions, report: Reporter | None = None) -> Evaluated:
 
 def preview(options: EvalOptions, report: Reporter) -> dict[str, Any]:
     """What `eval` would do: its folder, whether it is done, models and prompts of each set."""
-    _, prompts, _, _ = _asked(options, report)
-    options = inherit_model(options, report)
-    adapters = _adapters(options, report)
-    stage = Stage(options.run, "eval", _identity(options, prompts, adapters))
-    counts = dict(Counter(prompt.set for prompt in prompts))
-    return {"folder": str(stage.path), "done": stage.done, "models": ["base", *adapters], "prompts": counts}
+    plan = _plan(options, report)
+    counts = dict(Counter(prompt.set for prompt in plan.prompts))
+    models = ["base", *plan.adapters]
+    return {"folder": str(plan.stage.path), "done": plan.stage.done, "models": models, "prompts": counts}
 
 
-def _asked(
-    options: EvalOptions, report: Reporter
-) -> tuple[dict[str, PromptSet], list[Prompt], dict[str, Any] | None, list[Gate]]:
-    """What the options ask for, checked before any model is loaded: sets, prompts, the baseline, and the gates."""
+@dataclass(frozen=True)
+class _Plan:
+    """What the options ask for, and where its answers go."""
+
+    options: EvalOptions
+    sets: dict[str, PromptSet]
+    prompts: list[Prompt]
+    baseline: dict[str, Any] | None
+    gates: list[Gate]
+    adapters: dict[str, Path]
+    stage: Stage
+
+
+def _plan(options: EvalOptions, report: Reporter) -> _Plan:
+    """What `eval` would do, checked as far as it can be before a model is loaded."""
     if options.server and (options.prefill or options.ability):
         raise UsageError("--prefill and --ability need a model loaded here: leave them, or --server, out")
     if options.over_seeds and len(options.adapter) < 2:
@@ -104,9 +111,13 @@ def _asked(
     if options.samples > 1 and options.temperature == 0:
         raise UsageError("--samples: several greedy answers are all the same: give a --temperature too")
     sets, prompts = _sets(options, report)
-    before = read_baseline(options.baseline) if options.baseline else None
-    gates = _gates([*options.fail_if, *(regressions(_kinds(sets), before) if before else ())], options, sets)
-    return sets, prompts, before, gates
+    baseline = read_baseline(options.baseline) if options.baseline else None
+    expressions = [*options.fail_if, *(regressions(_kinds(sets), baseline) if baseline else ())]
+    gates = _gates(expressions, options, sets)
+    options = inherit_model(options, report)
+    adapters = _adapters(options, report)
+    stage = Stage(options.run, "eval", _identity(options, prompts, adapters))
+    return _Plan(options, sets, prompts, baseline, gates, adapters, stage)
 
 
 def _adapters(options: EvalOptions, report: Reporter) -> dict[str, Path]:
